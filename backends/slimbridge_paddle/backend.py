@@ -1,0 +1,147 @@
+"""The backend: `slimbridge.ports.Backend` for PaddlePaddle, a thin front of the modules beside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import paddle
+
+from slimbridge.decisions import PruneDecision, QuantizeDecision
+from slimbridge.errors import BackendError, listed
+from slimbridge.graph import Graph
+from slimbridge.ports import (
+    Array,
+    Capabilities,
+    Device,
+    DType,
+    Layer,
+    Loss,
+    Model,
+    Optimizer,
+    OptimizerSettings,
+    Pass,
+    Tensor,
+)
+from slimbridge_paddle import names, quant, run, surgery, tensors, trace, train
+from slimbridge_paddle.nn import Namespace
+from slimbridge_paddle.ops import PaddleOps
+
+_DISTRIBUTIONS = ("paddlepaddle", "paddlepaddle-gpu", "paddleslim")
+
+
+class PaddleBackend:
+    """PaddlePaddle, dynamic graph."""
+
+    name = "paddle"
+
+    def __init__(self) -> None:
+        self.ops = PaddleOps()
+        self.nn: Any = Namespace()
+
+    def capabilities(self) -> Capabilities:
+        """What Paddle can do on this machine; PaddleSlim is looked up, not imported."""
+        flag = "FLAGS_paddle_num_threads"
+        versions = {name: found for name in _DISTRIBUTIONS if (found := _version(name))}
+        return Capabilities(
+            backend=self.name,
+            versions=versions,
+            devices=tensors.devices(),
+            threads=int(paddle.get_flags([flag])[flag]),
+            native_engines=("paddleslim",) if "paddleslim" in versions else (),
+        )
+
+    def owns(self, model: object) -> bool:
+        """Is it a Paddle layer?"""
+        return isinstance(model, paddle.nn.Layer)
+
+    def seed(self, seed: int) -> None:
+        """Seed the generators of all devices; initialisers and dropout draw from them."""
+        paddle.seed(seed)
+
+    def place(self, model: Model, device: Device = "cpu", dtype: DType = "float32") -> Model:
+        """Move parameters and buffers in place."""
+        if device not in tensors.devices():
+            raise BackendError(f"paddle: no device '{device}' here; there is {listed(tensors.devices())}")
+        if dtype not in ("float32", "float64"):
+            raise BackendError(f"paddle: dtype '{dtype}' is not supported; float32 and float64 are")
+        tensors.move(model, device, dtype)
+        return model
+
+    def layers(self, model: Model) -> tuple[Layer, ...]:
+        """The layers that hold parameters or saved buffers."""
+        return names.layers(model)
+
+    def module_paths(self, model: Model) -> tuple[str, ...]:
+        """Every layer's path, the model itself ("") left out."""
+        return tuple(path for path, _ in names.walk(model) if path)
+
+    def trace(self, model: Model, inputs: Sequence[Array]) -> Graph:
+        """The neutral graph of one eval pass."""
+        return trace.trace(model, inputs)
+
+    def read(self, model: Model) -> dict[str, Array]:
+        """Copies of all parameters and saved buffers."""
+        return names.read(model)
+
+    def write(self, model: Model, arrays: Mapping[str, Array], partial: bool = False) -> Model:
+        """Set parameters and buffers in place."""
+        names.write(model, arrays, partial)
+        return model
+
+    def clone(self, model: Model) -> Model:
+        """A deep copy: weights, buffers, modes and hooks."""
+        return copy.deepcopy(model)
+
+    def tensor(self, model: Model, array: Array) -> Tensor:
+        """A tensor on the model's device, in its dtype."""
+        return run.to_native(model, [array])[0]
+
+    def forward(self, model: Model, inputs: Sequence[Array | Tensor], capture: Sequence[str] = ()) -> Pass:
+        """One eval pass without gradient."""
+        with run.mode(model, train=False), paddle.no_grad():
+            return run.run(model, inputs, capture)
+
+    def gradients(self, model: Model, inputs: Sequence[Array], loss: Loss, train: bool = False) -> dict[str, Array]:
+        """Gradient of the loss; the model is left unchanged."""
+        return run.gradients(model, inputs, loss, train)
+
+    def make_optimizer(self, model: Model, settings: OptimizerSettings) -> Optimizer:
+        """A Paddle optimizer with exactly these settings."""
+        return train.PaddleOptimizer(model, settings)
+
+    def train_step(
+        self,
+        model: Model,
+        optimizer: Optimizer,
+        inputs: Sequence[Array],
+        loss: Loss,
+        capture: Sequence[str] = (),
+    ) -> dict[str, float]:
+        """One step in train mode."""
+        if not isinstance(optimizer, train.PaddleOptimizer):
+            raise BackendError(f"train_step: the optimizer is a {type(optimizer).__name__}, not Paddle's")
+        return train.train_step(model, optimizer, inputs, loss, capture)
+
+    def remove_channels(self, model: Model, decision: PruneDecision, optimizer: Optimizer | None = None) -> Model:
+        """Slice parameters, buffers, attributes and optimizer state in place."""
+        surgery.remove_channels(model, decision, optimizer)
+        return model
+
+    def insert_quant(self, model: Model, decision: QuantizeDecision) -> Model:
+        """Fake-quantize layer inputs from now on."""
+        quant.insert_quant(model, decision)
+        return model
+
+    def reduce(self, model: Model, inputs: Sequence[Array], layers: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Extremes of layer inputs over one eval pass."""
+        return quant.reduce_inputs(model, inputs, layers)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,165 @@
+"""One forward pass of a model as a Paddle program (PIR), with the path of the layer that ran each operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle.base.dygraph.base import switch_to_static_graph
+
+from slimbridge.errors import ModelError
+from slimbridge.ports import Array, tensors_in
+from slimbridge_paddle._compat import graph_tracing_guard
+from slimbridge_paddle.names import walk
+from slimbridge_paddle.quant import remove_quant
+from slimbridge_paddle.tensors import model_dtype
+
+# What a forward pass that cannot be captured raises: Python's own errors, and Paddle's as RuntimeError or OSError.
+_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured pass.
+
+    Attributes:
+        program: the Paddle program; it owns the values.
+        inputs: the values of the model's inputs.
+        outputs: the values (or tensors) of its outputs, flattened.
+        tensors: id of a parameter's value -> the parameter or buffer.
+        paths: id of an operation -> path of the layer that runs what follows it.
+    """
+
+    program: Any
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    tensors: dict[str, Any]
+    paths: dict[int, str]
+
+
+def capture(model: Any, inputs: Sequence[Array]) -> Program:
+    """Capture one eval pass; the model, attributes that its forward writes included, is left as it was.
+
+    The forward is first run as it is on symbolic values; where its Python depends on data, Paddle's translation of
+    the source (`paddle.jit.to_static`) is tried.
+
+    Raises:
+        ModelError: neither works, or there is no input.
+    """
+    if not inputs:
+        raise ModelError("trace: at least one example input is needed")
+    dtype = model_dtype(model)
+    specs = [_spec(np.asarray(array), dtype) for array in inputs]
+    try:
+        with untouched(model):
+            return _direct(model, specs)
+    except _FAILURES as first:
+        try:
+            with untouched(model):
+                return _translated(model, specs)
+        except _FAILURES as second:
+            lines = [line for line in str(second).strip().splitlines() if line.strip()] or [type(second).__name__]
+            raise ModelError(f"trace: the forward pass cannot be captured: {lines[-1].strip()}") from first
+
+
+def _spec(array: Array, dtype: str) -> tuple[list[int], str]:
+    kind = dtype if array.dtype.kind == "f" else "int64" if array.dtype.kind in "iu" else array.dtype.name
+    return list(array.shape), kind
+
+
+@contextmanager
+def untouched(model: Any) -> Iterator[None]:
+    """Eval mode without inserted quantization; each layer's attributes and hooks are as before at the end.
+
+    A forward that stores a value on its layer would otherwise leave a symbolic one there. Paddle is in dynamic mode
+    at the end, whatever happened.
+    """
+    layers = model.sublayers(include_self=True)
+    saved = [(layer, dict(layer.__dict__), _containers(layer)) for layer in layers]
+    try:
+        remove_quant(model)
+        model.eval()
+        yield
+    finally:
+        paddle.disable_static()
+        for layer, attributes, containers in saved:
+            layer.__dict__.clear()
+            layer.__dict__.update(attributes)
+            for container, content in containers:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def _containers(layer: Any) -> list[tuple[Any, Any]]:
+    return [(value, value.copy()) for value in layer.__dict__.values() if isinstance(value, (dict, list, set))]
+
+
+def _record(model: Any) -> dict[int, str]:
+    """Note, as the layers run, whose turn it is after each operation. The caller removes the hooks."""
+    paths: dict[int, str] = {}
+    stack: list[str] = []
+
+    def mark() -> None:
+        block = paddle.static.default_main_program().global_block()
+        paths[block.back().id()] = stack[-1] if stack else ""
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(layer: Any, args: Any) -> None:
+            stack.append(path)
+            mark()
+
+        return hook
+
+    def leave(layer: Any, args: Any, output: Any) -> None:
+        stack.pop()
+        mark()
+
+    seen: set[int] = set()
+    for path, layer in walk(model):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            layer.register_forward_pre_hook(enter(path), prepend=True)
+            layer.register_forward_post_hook(leave)
+    return paths
+
+
+@switch_to_static_graph  # type: ignore[untyped-decorator]
+def _direct(model: Any, specs: Sequence[tuple[list[int], str]]) -> Program:
+    paths = _record(model)
+    program, startup = paddle.static.Program(), paddle.static.Program()
+    with paddle.static.program_guard(program, startup), graph_tracing_guard(program) as context:
+        inputs = tuple(paddle.static.data(f"input_{i}", shape, dtype) for i, (shape, dtype) in enumerate(specs))
+        outputs = tuple(tensors_in(model(*inputs)))
+    return Program(program, inputs, outputs, _tensors(context.get_params_with_values()), paths)
+
+
+class _Caller(paddle.nn.Layer):  # type: ignore[misc]
+    """Calls the model, so that the translation replaces this layer's forward and not the model's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any) -> Any:
+        """The model's own output."""
+        return self.model(*inputs)
+
+
+def _translated(model: Any, specs: Sequence[tuple[list[int], str]]) -> Program:
+    paths = _record(model)
+    caller = _Caller(model)
+    caller.eval()
+    spec = [paddle.static.InputSpec(shape, dtype) for shape, dtype in specs]
+    concrete = paddle.jit.to_static(caller, input_spec=spec, full_graph=True).forward.concrete_program
+    inputs = tuple(value for value in concrete.inputs if isinstance(value, paddle.pir.Value))
+    outputs = tuple(tensors_in(concrete.outputs))
+    return Program(concrete.main_program, inputs, outputs, _tensors(concrete.parameters), paths)
+
+
+def _tensors(pairs: Any) -> dict[str, Any]:
+    tensors, values = pairs
+    return {value.id: tensor for tensor, value in zip(tensors, values, strict=True)}

@@ -1,0 +1,236 @@
+"""The optimizer adapter and one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import paddle
+
+from slimbridge.errors import BackendError, ModelError, listed, nearest
+from slimbridge.ports import Array, Loss, OptimizerSettings
+from slimbridge_paddle._compat import AdamW, Momentum, corrected_statistic, quiet_training
+from slimbridge_paddle.names import BATCH_NORMS, Entry, entries
+from slimbridge_paddle.run import hooked, run, summed
+from slimbridge_paddle.tensors import assign, copied, dtype_name
+
+_POWERS = ("beta1_pow_acc", "beta2_pow_acc")
+
+
+class PaddleOptimizer:
+    """A Paddle optimizer over a model's trainable parameters, with named state.
+
+    Slots: "velocity" (SGD with momentum); "moment1", "moment2" and "step" (Adam, AdamW). A parameter that was
+    never stepped has zeros, which is how each of them starts. Regularizers and learning rates that the model's
+    own ParamAttr gave a parameter do not count: the settings say all.
+
+    Args:
+        model: its parameters with `stop_gradient=False`, at least one.
+        settings: see `OptimizerSettings`.
+
+    Raises:
+        ModelError: the model has nothing to train.
+    """
+
+    def __init__(self, model: Any, settings: OptimizerSettings) -> None:
+        self._entries = {entry.name: entry for entry in entries(model) if entry.trainable}
+        if not self._entries:
+            raise ModelError("make_optimizer: the model has no trainable parameter")
+        self.settings = settings
+        self._native = _native([entry.tensor for entry in self._entries.values()], settings)
+        self._slots = _slots(settings)
+        self._steps = dict.fromkeys(self._entries, 0)
+        self._ready = False
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next steps."""
+        self._native.set_lr(float(lr))
+        self._ready = True
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._native.clear_grad(set_to_zero=False)
+
+    def step(self) -> None:
+        """One update from the gradients.
+
+        Raises:
+            BackendError: `set_lr` was never called.
+            ModelError: a slot no longer has its parameter's shape (Paddle itself would go on).
+        """
+        if not self._ready:
+            raise BackendError("optimizer: set_lr must be called before the first step")
+        for entry in self._entries.values():
+            self._check(entry)
+        stepped = [name for name, entry in self._entries.items() if entry.tensor.grad is not None]
+        with _plain([entry.tensor for entry in self._entries.values()]):
+            self._native.step()
+        for name in stepped:
+            self._steps[name] += 1
+
+    def _check(self, entry: Entry) -> None:
+        for slot in self._slots:
+            tensor = self._slot(entry, slot)
+            if tensor is not None and list(tensor.shape) != list(entry.tensor.shape):
+                raise ModelError(
+                    f"optimizer: '{entry.name}/{slot}' has shape {list(tensor.shape)}, its parameter "
+                    f"{list(entry.tensor.shape)}: give the optimizer to whatever resizes the model"
+                )
+
+    def _slot(self, entry: Entry, slot: str) -> Any:
+        table: Mapping[str, Any] = self._native._accumulators.get(slot, {})
+        return table.get(entry.tensor.name)
+
+    def state(self) -> dict[str, Array]:
+        """ "<parameter>/<slot>" -> copy; "step" is a 0-d int64 array, the others have the parameter's shape."""
+        found: dict[str, Array] = {}
+        for name, entry in self._entries.items():
+            for slot in self._slots:
+                tensor = self._slot(entry, slot)
+                empty = tensor is None
+                value = np.zeros(entry.shape, dtype_name(entry.tensor)) if empty else entry.canonical(copied(tensor))
+                found[f"{name}/{slot}"] = value
+            if "moment1" in self._slots:
+                found[f"{name}/step"] = np.array(self._steps[name], np.int64)
+        return found
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """Restore what `state` gave; nothing is changed when anything is wrong.
+
+        Raises:
+            ModelError: slots that are unknown, missing or of another shape.
+        """
+        shapes = {key: value.shape for key, value in self.state().items()}
+        for key, array in state.items():
+            if key not in shapes:
+                raise ModelError(f"optimizer: unknown slot '{key}'{nearest(key, shapes)}")
+            if np.shape(array) != shapes[key]:
+                raise ModelError(f"optimizer: '{key}' has shape {np.shape(array)}, {shapes[key]} is needed")
+        missing = [key for key in shapes if key not in state]
+        if missing:
+            raise ModelError(f"optimizer: {len(missing)} slots are missing: {listed(missing, 4)}")
+        if shapes:
+            self._restore(state)
+
+    def _restore(self, state: Mapping[str, Array]) -> None:
+        block = paddle.static.default_main_program().global_block()
+        self._native._create_accumulators(block, [entry.tensor for entry in self._entries.values()])
+        for name, entry in self._entries.items():
+            dtype = dtype_name(entry.tensor)
+            for slot in self._slots:
+                assign(self._slot(entry, slot), entry.canonical(np.asarray(state[f"{name}/{slot}"]).astype(dtype)))
+            if "moment1" in self._slots:
+                self._steps[name] = int(state[f"{name}/step"])
+                for slot, beta in zip(_POWERS, self.settings.betas, strict=True):
+                    assign(self._slot(entry, slot), _power(beta, self._steps[name] + 1, dtype))
+
+    def slice(self, entry: Entry, cut: Callable[[Array], Array]) -> None:
+        """Cut the slots of one parameter as the parameter was cut; `cut` takes and gives the stored layout."""
+        for slot in self._slots:
+            tensor = self._slot(entry, slot) if entry.name in self._entries else None
+            if tensor is not None:
+                assign(tensor, cut(copied(tensor)))
+
+
+def _power(beta: float, count: int, dtype: str) -> Array:
+    """beta**count, multiplied one by one in `dtype` as the kernel does, so that a restored run goes on bit by bit."""
+    factors = np.full(count, beta, dtype)
+    return np.multiply.accumulate(factors)[-1:]
+
+
+def _native(parameters: list[Any], settings: OptimizerSettings) -> Any:
+    decay = settings.weight_decay
+    if settings.kind == "sgd" and settings.momentum == 0.0:
+        return paddle.optimizer.SGD(0.0, parameters, weight_decay=decay or None)
+    if settings.kind == "sgd":
+        return Momentum(0.0, settings.momentum, parameters, settings.nesterov, weight_decay=decay or None)
+    beta1, beta2 = settings.betas
+    if settings.kind == "adam":
+        return paddle.optimizer.Adam(0.0, beta1, beta2, settings.eps, parameters, weight_decay=decay or None)
+    return AdamW(0.0, beta1, beta2, settings.eps, parameters, weight_decay=decay)
+
+
+def _slots(settings: OptimizerSettings) -> tuple[str, ...]:
+    if settings.kind == "sgd":
+        return ("velocity",) if settings.momentum else ()
+    return ("moment1", "moment2")
+
+
+@contextmanager
+def _plain(parameters: list[Any]) -> Iterator[None]:
+    """Parameters without a regularizer or a learning rate of their own, for as long as a step takes."""
+    odd = []
+    for tensor in parameters:
+        regularizer, attributes = getattr(tensor, "regularizer", None), getattr(tensor, "optimize_attr", None)
+        if regularizer is not None or (attributes or {}).get("learning_rate", 1.0) != 1.0:
+            odd.append((tensor, regularizer, attributes))
+    for tensor, _, attributes in odd:
+        tensor.regularizer, tensor.optimize_attr = None, {**(attributes or {}), "learning_rate": 1.0}
+    try:
+        yield
+    finally:
+        for tensor, regularizer, attributes in odd:
+            tensor.regularizer, tensor.optimize_attr = regularizer, attributes
+
+
+@contextmanager
+def unbiased_statistics(model: Any) -> Iterator[None]:
+    """Batch normalisations keep the canonical running statistics for as long as the context lasts.
+
+    Each call of a layer in train mode is corrected on its own (see `corrected_statistic`).
+    """
+    before: dict[int, tuple[Any, Any]] = {}
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(layer: Any, args: Any) -> None:
+            if not tracks(layer):
+                return
+            if _values_per_channel(layer, args) < 2:
+                raise ModelError(f"'{path}': one value per channel in train mode has no variance; use larger batches")
+            before[id(layer)] = (layer._mean.clone(), layer._variance.clone())
+
+        return hook
+
+    def leave(layer: Any, args: Any, output: Any) -> None:
+        if not tracks(layer):
+            return
+        count = _values_per_channel(layer, args)
+        mean, variance = before.pop(id(layer))
+        with paddle.no_grad():
+            fixed = corrected_statistic(mean, layer._mean, layer._momentum)
+            paddle.assign(fixed, output=layer._mean)
+            fixed = corrected_statistic(variance, layer._variance, layer._momentum, count / (count - 1))
+            paddle.assign(fixed, output=layer._variance)
+
+    def tracks(layer: Any) -> bool:
+        return bool(layer.training and not layer._use_global_stats)
+
+    handles = []
+    for path, layer in model.named_sublayers(include_self=True):
+        if isinstance(layer, BATCH_NORMS):
+            handles += [layer.register_forward_pre_hook(enter(path)), layer.register_forward_post_hook(leave)]
+    with hooked(handles):
+        yield
+
+
+def _values_per_channel(layer: Any, args: Any) -> int:
+    return int(np.prod(args[0].shape)) // int(layer._mean.shape[0])
+
+
+def train_step(
+    model: Any, optimizer: PaddleOptimizer, inputs: Sequence[Array], loss: Loss, capture: Sequence[str]
+) -> dict[str, float]:
+    """One step in train mode, which the model keeps; the terms of the loss before it."""
+    model.train()
+    optimizer.zero_grad()
+    with ExitStack() as stack:
+        stack.enter_context(quiet_training())
+        stack.enter_context(unbiased_statistics(model))
+        done = run(model, inputs, capture)
+    total, values = summed(loss(done))
+    total.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return values

@@ -1,0 +1,266 @@
+"""The port, for PyTorch: each method is thin and hands over to the module that knows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from slimbridge.decisions import PruneDecision, QuantizeDecision
+from slimbridge.errors import BackendError, ModelError
+from slimbridge.graph import Graph
+from slimbridge.ports import (
+    Array,
+    Capabilities,
+    Device,
+    DType,
+    Layer,
+    Loss,
+    Optimizer,
+    OptimizerSettings,
+    Pass,
+    tensors_in,
+)
+from slimbridge_torch import names, quant, surgery
+from slimbridge_torch import nn as layer_names
+from slimbridge_torch import train as training
+from slimbridge_torch.ops import TorchOps
+from slimbridge_torch.trace import trace
+
+Tensor = Any
+
+_DEVICES = {"cpu": "cpu", "gpu": "cuda"}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_COMPANIONS = ("torch", "torchao", "torch-pruning")
+
+
+class TorchBackend:
+    """`slimbridge.ports.Backend` for PyTorch."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self.ops = TorchOps()
+        self.nn: Any = layer_names
+
+    def capabilities(self) -> Capabilities:
+        """Versions, devices and engines on this machine; nothing is imported for it."""
+        versions = {name: version for name in _COMPANIONS if (version := _version(name)) is not None}
+        return Capabilities(
+            backend=self.name,
+            versions=versions,
+            devices=_devices(),
+            threads=torch.get_num_threads(),
+            native_engines=tuple(name for name in _COMPANIONS[1:] if name in versions),
+        )
+
+    def owns(self, model: object) -> bool:
+        """Is it a torch module?"""
+        return isinstance(model, nn.Module)
+
+    def seed(self, seed: int) -> None:
+        """Seed torch's generators, those of the GPUs too."""
+        torch.manual_seed(seed)
+
+    def place(self, model: nn.Module, device: Device = "cpu", dtype: DType = "float32") -> nn.Module:
+        """Move the model; parameters stay the same objects."""
+        if device not in _devices():
+            raise BackendError(f"torch: device '{device}' is not there; this machine has: {', '.join(_devices())}")
+        if dtype not in _DTYPES:
+            raise BackendError(f"torch: dtype '{dtype}' is unknown; allowed: {', '.join(_DTYPES)}")
+        return model.to(device=_DEVICES[device], dtype=_DTYPES[dtype])
+
+    def layers(self, model: nn.Module) -> tuple[Layer, ...]:
+        """The layers that hold parameters or saved buffers, in order of definition."""
+        return names.layers(model)
+
+    def module_paths(self, model: nn.Module) -> tuple[str, ...]:
+        """All module paths but the model's own, "", which `capture` takes as well."""
+        return tuple(path for path, _ in model.named_modules(remove_duplicate=False) if path)
+
+    def trace(self, model: nn.Module, inputs: Sequence[Array]) -> Graph:
+        """The neutral graph of one forward pass in eval mode."""
+        return trace(model, self._inputs(model, inputs))
+
+    def read(self, model: nn.Module) -> dict[str, Array]:
+        """Copies of all parameters and saved buffers; a tied tensor once, under its first name."""
+        return names.read(model)
+
+    def write(self, model: nn.Module, arrays: Mapping[str, Array], partial: bool = False) -> nn.Module:
+        """Set parameters and buffers in place; see `names.write` for the errors."""
+        names.write(model, {name: np.asarray(array) for name, array in arrays.items()}, partial)
+        return model
+
+    def clone(self, model: nn.Module) -> nn.Module:
+        """An independent copy."""
+        return copy.deepcopy(model)
+
+    def tensor(self, model: nn.Module, array: Array) -> Tensor:
+        """A tensor of its own memory on the model's device.
+
+        Raises:
+            ModelError: the array holds no real numbers.
+        """
+        array = np.asarray(array)
+        like = _like(model)
+        kinds = {"f": like.dtype, "i": torch.int64, "u": torch.int64, "b": torch.bool}
+        if array.dtype.kind not in kinds:
+            raise ModelError(f"input: dtype {array.dtype} is not allowed; floating, integer and bool arrays are")
+        if array.dtype.kind == "u":
+            array = array.astype(np.int64)
+        return torch.tensor(np.ascontiguousarray(array), dtype=kinds[array.dtype.kind], device=like.device)
+
+    def forward(self, model: nn.Module, inputs: Sequence[Array | Tensor], capture: Sequence[str] = ()) -> Pass:
+        """Eval mode, no gradient. A layer that runs several times gives its last output."""
+        with _mode(model, train=False), torch.no_grad():
+            return _run(model, self._inputs(model, inputs), capture)
+
+    def gradients(self, model: nn.Module, inputs: Sequence[Array], loss: Loss, train: bool = False) -> dict[str, Array]:
+        """Gradient of the summed terms by parameter name; zeros where the loss does not reach a parameter."""
+        wanted = {n: t for n, t in names.canonical(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
+        with _mode(model, train), _buffers_kept(model), torch.enable_grad():
+            summed = training.total(loss(_run(model, self._inputs(model, inputs), ())))
+            found = torch.autograd.grad(summed, list(wanted.values()), allow_unused=True)
+        return {
+            name: self.ops.numpy(torch.zeros_like(parameter) if gradient is None else gradient)
+            for (name, parameter), gradient in zip(wanted.items(), found, strict=True)
+        }
+
+    def make_optimizer(self, model: nn.Module, settings: OptimizerSettings) -> training.TorchOptimizer:
+        """An optimizer over the model's trainable parameters; `set_lr` comes before the first step."""
+        return training.TorchOptimizer(model, settings)
+
+    def train_step(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        inputs: Sequence[Array],
+        loss: Loss,
+        capture: Sequence[str] = (),
+    ) -> dict[str, float]:
+        """One step in train mode.
+
+        Raises:
+            ModelError: a term of the loss is not finite; no step is taken.
+        """
+        native = _own(optimizer)
+        model.train()
+        native.zero_grad()
+        with torch.enable_grad():
+            terms = loss(_run(model, self._inputs(model, inputs), capture))
+            training.total(terms).backward()
+        try:
+            numbers = training.values(terms)
+        except ModelError:
+            native.zero_grad()
+            raise
+        native.step()
+        return numbers
+
+    def remove_channels(
+        self, model: nn.Module, decision: PruneDecision, optimizer: Optimizer | None = None
+    ) -> nn.Module:
+        """Slice the decision's tensors, the layers' attributes and the optimizer's state."""
+        surgery.remove_channels(model, decision, None if optimizer is None else _own(optimizer))
+        return model
+
+    def insert_quant(self, model: nn.Module, decision: QuantizeDecision) -> nn.Module:
+        """Fake-quantize the first input of the decision's layers from now on; replaces an earlier call."""
+        quant.insert_quant(model, decision)
+        return model
+
+    def reduce(self, model: nn.Module, inputs: Sequence[Array], layers: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Extremes of the first input of each layer over one batch, as the layer is given it."""
+        return quant.reduce_inputs(model, lambda: self.forward(model, inputs), layers)
+
+    def _inputs(self, model: nn.Module, inputs: Sequence[Array | Tensor]) -> tuple[Tensor, ...]:
+        return tuple(item if isinstance(item, torch.Tensor) else self.tensor(model, item) for item in inputs)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> tuple[Device, ...]:
+    return ("cpu", "gpu") if torch.cuda.is_available() else ("cpu",)
+
+
+def _like(model: nn.Module) -> Tensor:
+    """The model's first floating tensor, a float32 one on the CPU if it has none."""
+    tensors = (t for held in (model.parameters(), model.buffers()) for t in held if t.is_floating_point())
+    return next(tensors, torch.empty(0))
+
+
+def _own(optimizer: Optimizer) -> training.TorchOptimizer:
+    if not isinstance(optimizer, training.TorchOptimizer):
+        raise BackendError(f"torch: the optimizer is a {type(optimizer).__name__}; make_optimizer gives the right one")
+    return optimizer
+
+
+@contextmanager
+def _mode(model: nn.Module, train: bool) -> Iterator[None]:
+    """Train or eval mode inside; each module's own flag is restored."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.train(train)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers that a pass changes or replaces get their old values and objects back."""
+    saved = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, values in saved:
+                buffer.copy_(values)
+                module._buffers[name] = buffer
+
+
+def _run(model: nn.Module, inputs: tuple[Tensor, ...], capture: Sequence[str]) -> Pass:
+    """One pass with the captured layers' outputs.
+
+    Raises:
+        ModelError: a path that does not exist, did not run, or returned no tensor.
+    """
+    features: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found = [item for item in tensors_in(output) if isinstance(item, torch.Tensor)]
+            if not found:
+                raise ModelError(f"capture: layer '{path}' returned no tensor but a {type(output).__name__}")
+            features[path] = found[0]
+
+        return hook
+
+    modules = names.find_modules(model, tuple(capture), "capture")
+    handles = [module.register_forward_hook(keep(path)) for path, module in modules.items()]
+    try:
+        output = model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [path for path in capture if path not in features]
+    if silent:
+        raise ModelError(f"capture: layer '{silent[0]}' did not run in the forward pass")
+    return Pass(output, {path: features[path] for path in capture})

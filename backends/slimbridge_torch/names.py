@@ -1,0 +1,116 @@
+"""Canonical names: which tensor of a model is called what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from slimbridge.errors import ModelError, nearest
+from slimbridge.ports import Array, Layer
+
+Tensor = Any
+
+_KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
+    ((nn.Linear,), "linear"),
+    ((nn.modules.batchnorm._BatchNorm,), "batch_norm"),
+    ((nn.LayerNorm,), "layer_norm"),
+    ((nn.GroupNorm,), "group_norm"),
+)
+
+
+def kind_of(module: nn.Module) -> str:
+    """The graph kind of a layer, "unknown" for one that the graph has no word for."""
+    return next((kind for types, kind in _KINDS if isinstance(module, types)), "unknown")
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Attribute name and tensor of a module's own parameters and saved buffers, without `num_batches_tracked`."""
+    for name, tensor in module._parameters.items():
+        if tensor is not None:
+            yield name, tensor
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set and name != "num_batches_tracked":
+            yield name, buffer
+
+
+def all_names(model: nn.Module) -> dict[str, Tensor]:
+    """Every name that the state dict knows -> tensor; tied tensors and shared modules under each of their names."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in own_tensors(module):
+            found[f"{path}.{name}" if path else name] = tensor
+    return found
+
+
+def canonical(model: nn.Module) -> dict[str, Tensor]:
+    """Canonical name -> tensor, each tensor once, under its first name."""
+    seen: set[int] = set()
+    result: dict[str, Tensor] = {}
+    for name, tensor in all_names(model).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            result[name] = tensor
+    return result
+
+
+def layers(model: nn.Module) -> tuple[Layer, ...]:
+    """The modules that hold tensors of their own, in order of definition; roles are the attributes' names."""
+    names = {id(tensor): name for name, tensor in canonical(model).items()}
+    found = []
+    for path, module in model.named_modules():
+        params = {role: names[id(tensor)] for role, tensor in own_tensors(module)}
+        if params:
+            found.append(Layer(path, kind_of(module), params))
+    return tuple(found)
+
+
+def find_modules(model: nn.Module, paths: Iterator[str] | tuple[str, ...], purpose: str) -> dict[str, nn.Module]:
+    """Path -> module.
+
+    Raises:
+        ModelError: a path that does not exist.
+    """
+    known = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for path in paths:
+        if path not in known:
+            raise ModelError(f"{purpose}: the model has no layer '{path}'{nearest(path, known)}")
+        found[path] = known[path]
+    return found
+
+
+def read(model: nn.Module) -> dict[str, Array]:
+    """Copies of all canonical tensors."""
+    return {name: np.array(tensor.detach().cpu().numpy()) for name, tensor in canonical(model).items()}
+
+
+def write(model: nn.Module, arrays: dict[str, Array], partial: bool) -> None:
+    """Set tensors in place; nothing is changed when anything is wrong.
+
+    A tied tensor may come under any of its names.
+
+    Raises:
+        ModelError: names that are unknown, missing, of another shape, or that give one tensor two values.
+    """
+    known = all_names(model)
+    chosen: dict[int, tuple[str, Array]] = {}
+    for name, array in arrays.items():
+        if name not in known:
+            raise ModelError(f"write: the model has no parameter or buffer '{name}'{nearest(name, known)}")
+        tensor = known[name]
+        if tuple(tensor.shape) != array.shape:
+            raise ModelError(f"write: '{name}' has shape {tuple(tensor.shape)}, the array has {array.shape}")
+        first, other = chosen.setdefault(id(tensor), (name, array))
+        if not np.array_equal(other, array, equal_nan=array.dtype.kind == "f"):
+            raise ModelError(f"write: '{first}' and '{name}' are one tied tensor but were given different values")
+    missing = [name for name, tensor in canonical(model).items() if id(tensor) not in chosen]
+    if missing and not partial:
+        raise ModelError(f"write: {len(missing)} of the model's tensors were not given, '{missing[0]}' first")
+    with torch.no_grad():
+        for name in arrays:
+            known[name].copy_(torch.tensor(np.ascontiguousarray(arrays[name])))

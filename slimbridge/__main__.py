@@ -1,0 +1,5 @@
+"""`python -m slimbridge`."""
+
+from slimbridge.cli import main
+
+main()

@@ -1,0 +1,200 @@
+"""What the commands do and print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from slimbridge.plan import Plan
+
+
+class Bars:
+    """Progress as one bar on a terminal; on anything else only the lines that stay."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+
+    def start(self, text: str, total: int) -> None:
+        """A new bar in place of the old one."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(text, total=total or None, note="")
+
+    def step(self, note: str = "") -> None:
+        """One step further."""
+        if self._task is not None:
+            self._bar.update(self._task, advance=1, note=note)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    """Bars on stderr, so that stdout holds results only."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(
+        *columns, TextColumn("{task.fields[note]}"), console=console, transient=True, disable=not console.is_terminal
+    )
+    with bar:
+        yield Bars(bar)
+
+
+def run_one(plan: Plan, backend: str, folder: Path, resume: bool, as_json: bool) -> None:
+    """Run a plan on one backend, save, and print its report."""
+    import os
+
+    from slimbridge.report.table import print_run
+    from slimbridge.runner import compress
+
+    with bars() as shown:
+        result = compress(None, plan, backend=backend, run_dir=folder, resume=resume, progress=shown)
+    result.save(folder)
+    if os.environ.get("SLIMBRIDGE_CHILD"):
+        return
+    if as_json:
+        _emit(result.report.model_dump(mode="json"))
+        return
+    print_run(Console(), result.report)
+    _where(folder)
+
+
+def run_many(plan: Plan, backends: list[str], folder: Path, resume: bool, as_json: bool) -> bool:
+    """Run on several backends, compare, print; True when nothing differs."""
+    from slimbridge.report.table import print_comparison
+    from slimbridge.session import run_session
+
+    comparison = run_session(plan, backends, folder, resume)
+    if as_json:
+        _emit(comparison.model_dump(mode="json"))
+    else:
+        print_comparison(Console(), comparison)
+        _where(folder)
+    return comparison.passed
+
+
+def compare_two(reference: Path, other: Path, output: Path | None, as_json: bool) -> bool:
+    """Compare two run folders, print; True when nothing differs."""
+    from slimbridge.report.table import print_comparison
+    from slimbridge.session import compare_folders
+
+    comparison = compare_folders([reference, other], output)
+    if as_json:
+        _emit(comparison.model_dump(mode="json"))
+    else:
+        print_comparison(Console(), comparison)
+        if output is not None:
+            _where(output)
+    return comparison.passed
+
+
+def conformance(backend: str, device: str, as_json: bool) -> bool:
+    """Run the conformance suite, print; True when every case passes."""
+    from slimbridge.conformance import run_conformance
+    from slimbridge.discovery import get_backend
+
+    console = Console(stderr=as_json)
+    outcomes = []
+    for outcome in run_conformance(get_backend(backend), device):
+        outcomes.append(outcome)
+        word = "[green]pass[/]" if outcome.passed else "[bold red]FAIL[/]"
+        if not as_json:
+            console.print(f"{word}  {outcome.case}", highlight=False)
+            if not outcome.passed:
+                console.print(f"      {outcome.message}", highlight=False, markup=False)
+    failed = [outcome for outcome in outcomes if not outcome.passed]
+    if as_json:
+        _emit({"backend": backend, "passed": not failed, "cases": [vars(outcome) for outcome in outcomes]})
+    else:
+        console.print(f"{backend}: {len(outcomes) - len(failed)} of {len(outcomes)} cases pass", highlight=False)
+    return not failed
+
+
+def inspect_model(name: str, backend: str, image_size: int | None, as_json: bool) -> None:
+    """Print layers, groups and cost of a zoo model."""
+    facts = model_facts(name, backend, image_size)
+    if as_json:
+        _emit(facts)
+        return
+    console = Console()
+    table = Table("layer", "kind", "weight", "MACs", "group", "prunable", box=None, header_style="bold")
+    for layer in facts["layers"]:
+        shown = "yes" if layer["frozen"] is None else f"no: {layer['frozen']}"
+        group = "" if layer["group"] is None else str(layer["group"])
+        table.add_row(layer["path"], layer["kind"], str(tuple(layer["weight"])), f"{layer['macs']:,}", group, shown)
+    console.print(table)
+    console.print(
+        f"{name} on {backend}, input {tuple(facts['input'])}: {facts['parameters']:,} parameters, "
+        f"{facts['macs']:,} MACs, {facts['groups']} channel groups",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def model_facts(name: str, backend: str, image_size: int | None) -> dict[str, Any]:
+    """The facts that `inspect` shows, as plain data."""
+    import numpy as np
+
+    from slimbridge import zoo
+    from slimbridge.discovery import get_backend
+    from slimbridge.graph import cost_of, find_units
+
+    entry, side = zoo.entry(name), get_backend(backend)
+    size = image_size or entry.image_size
+    shape = (1, entry.in_channels, size, size)
+    graph = side.trace(zoo.build(name, side), [np.zeros(shape, np.float32)])
+    cost, units = cost_of(graph), find_units(graph)
+    producers = {producer.weight: producer for producer in units.producers}
+    groups = units.groups()
+    group_of = {layer: index for index, group in enumerate(groups, start=1) for layer in group.layers}
+    layers = []
+    for node in graph.layer_nodes():
+        producer = producers.get(node.params["weight"])
+        layers.append(
+            {
+                "path": node.name,
+                "kind": node.kind,
+                "weight": list(graph.parameters[node.params["weight"]]),
+                "macs": cost.by_layer.get(node.name, 0),
+                "group": group_of.get(node.name),
+                "frozen": units.why_frozen(producer) if producer else "its channels are those of its input",
+            }
+        )
+    return {
+        "model": name,
+        "backend": backend,
+        "input": list(shape),
+        "parameters": cost.parameters,
+        "macs": cost.macs,
+        "groups": len(groups),
+        "layers": layers,
+        "unknown": list(graph.unknown_ops()),
+    }
+
+
+def replay_run(reference: Path, backend: str, output: Path) -> None:
+    """Replay a run on another backend."""
+    from slimbridge.replay import replay
+
+    with bars() as shown:
+        replay(reference, backend, output, progress=shown)
+
+
+def _emit(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=1)
+    sys.stdout.write("\n")
+
+
+def _where(folder: Path) -> None:
+    Console(stderr=True).print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,18 @@
+"""Layers, the neutral graph, channel groups and cost."""
+
+from slimbridge.graph.cost import Cost, cost_of, count_parameters
+from slimbridge.graph.model import KINDS, Graph, Node
+from slimbridge.graph.units import ChannelGroup, UnitProducer, Units, find_units
+
+__all__ = [
+    "KINDS",
+    "ChannelGroup",
+    "Cost",
+    "Graph",
+    "Node",
+    "UnitProducer",
+    "Units",
+    "cost_of",
+    "count_parameters",
+    "find_units",
+]

@@ -1,0 +1,131 @@
+"""Compares two runs of one plan: what is exact, what is numeric, what is behavioural, each with figure and tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from slimbridge.decisions import Decision, PruneDecision, QuantizeDecision, load_decision
+from slimbridge.errors import RunError
+from slimbridge.parity.measure import differing, relative
+from slimbridge.parity.replay_records import read_replay
+from slimbridge.parity.tolerances import tolerance
+from slimbridge.report.records import Verdict
+from slimbridge.runfolder import RunFolder, stage_names
+from slimbridge.weights import digest_of, load_stored
+
+Class = Literal["exact", "numeric", "behavioural"]
+
+
+def compare(reference: RunFolder, other: RunFolder, replayed: Path | None, why_not: str = "") -> tuple[Verdict, ...]:
+    """All verdicts of `other` against `reference`.
+
+    Args:
+        reference: a complete run.
+        other: a complete run of the same stages.
+        replayed: folder of the reference's replay on the other's backend; None when there is none.
+        why_not: then the reason, for the verdicts that cannot be given.
+    Raises:
+        RunError: a run is not complete, the runs have different stages, or the replay is of another run.
+    """
+    names = stage_names(reference.plan())
+    if names != stage_names(other.plan()):
+        raise RunError(f"{reference.path} and {other.path} have different stages: they cannot be compared")
+    for folder in (reference, other):
+        missing = [name for name in names if not folder.done(name)]
+        if missing:
+            raise RunError(f"{folder.path}: not complete: {', '.join(missing)} missing; resume it first")
+    if replayed is not None:
+        last = digest_of(reference.weights(names[-1]))
+        if read_replay(replayed).reference_digest != last:
+            raise RunError(f"{replayed}: is the replay of another run than {reference.path}")
+    return tuple(verdict for name in names for verdict in _Stage(reference, other, replayed, why_not, name).verdicts())
+
+
+class _Stage:
+    """The verdicts of one stage."""
+
+    def __init__(
+        self, reference: RunFolder, other: RunFolder, replayed: Path | None, why_not: str, name: str
+    ) -> None:
+        self.reference, self.other, self.name, self.why_not = reference, other, name, why_not
+        self.replayed = replayed / name if replayed is not None else None
+        self.decision = reference.decision(name)
+
+    def verdicts(self) -> Iterator[Verdict]:
+        if self.decision is not None:
+            yield from self._decisions(self.decision)
+        yield from self._macs()
+        row = "forward_quantized" if isinstance(self.decision, QuantizeDecision) else "forward"
+        claim = "outputs of the reference's weights on both frameworks"
+        yield self._verdict("numeric", claim, row, self._forward_difference())
+        ours, theirs = self.reference.record(self.name), self.other.record(self.name)
+        yield self._verdict("behavioural", "metric of the two runs", "metric", abs(ours.metric - theirs.metric))
+
+    def _decisions(self, ours: Decision) -> Iterator[Verdict]:
+        theirs = self._replayed_decision()
+        if isinstance(ours, QuantizeDecision):
+            yield from self._quantization(ours, theirs if isinstance(theirs, QuantizeDecision) else None)
+            return
+        claim = "channels removed, from equal weights" if isinstance(ours, PruneDecision) else "loss terms and teacher"
+        yield self._verdict("exact", claim, "decision", None if theirs is None else _decision_difference(ours, theirs))
+
+    def _quantization(self, ours: QuantizeDecision, theirs: QuantizeDecision | None) -> Iterator[Verdict]:
+        integers = steps = activations = None
+        if theirs is not None and self.replayed is not None:
+            replayed = load_stored(self.replayed / "integers.safetensors")
+            integers = float(differing(self.reference.integers(self.name), replayed))
+            steps = float(sum(ours.weights.get(key) != theirs.weights.get(key) for key in {*ours.weights, *theirs.weights}))
+            activations = _step_difference(ours, theirs)
+        yield self._verdict("exact", "int8 weights, from equal weights", "integers", integers)
+        yield self._verdict("exact", "grids of the weights, from equal weights", "decision", steps)
+        yield self._verdict("numeric", "steps of the activations, from equal weights", "activation_step", activations)
+
+    def _macs(self) -> Iterator[Verdict]:
+        ours, theirs = self.reference.record(self.name).macs, self.other.record(self.name).macs
+        yield self._verdict("exact", "MACs of the two runs", "macs", float(abs(ours - theirs)))
+
+    def _forward_difference(self) -> float | None:
+        if self.replayed is None:
+            return None
+        return relative(load_stored(self.replayed / "probe.safetensors")["output"], self.reference.probe(self.name))
+
+    def _replayed_decision(self) -> Decision | None:
+        path = self.replayed / "decision.json" if self.replayed is not None else None
+        return load_decision(path) if path is not None and path.exists() else None
+
+    def _verdict(self, parity: Class, claim: str, row: str, figure: float | None) -> Verdict:
+        allowed = tolerance(row)
+        why_not = self.why_not or "the replay has no such decision"
+        return Verdict(
+            stage=self.name,
+            parity=parity,
+            claim=claim,
+            figure=figure,
+            tolerance=allowed.value,
+            unit=allowed.unit,
+            passed=None if figure is None else bool(figure <= allowed.value),
+            reason=allowed.reason if figure is not None else why_not,
+        )
+
+
+def _decision_difference(ours: Decision, theirs: Decision) -> float:
+    """Channels that only one side removes; for other decisions 1 when they differ at all."""
+    if isinstance(ours, PruneDecision) and isinstance(theirs, PruneDecision):
+        if ours.digest() == theirs.digest():
+            return 0.0
+        mine, other = ({(g.layers, i) for g in side.groups for i in g.removed} for side in (ours, theirs))
+        return float(max(len(mine ^ other), 1))
+    return float(ours.digest() != theirs.digest())
+
+
+def _step_difference(ours: QuantizeDecision, theirs: QuantizeDecision) -> float:
+    """Largest relative difference of two activation steps; infinite when other layers are quantized."""
+    if ours.activations.keys() != theirs.activations.keys():
+        return float("inf")
+    pairs = [(grid.step[0], theirs.activations[path].step[0]) for path, grid in ours.activations.items()]
+    steps = np.array(pairs, dtype=np.float64)
+    return float(np.max(np.abs(steps[:, 0] - steps[:, 1]) / steps[:, 0], initial=0.0))

@@ -1,0 +1,64 @@
+"""The one table of tolerances. Each row has its reason; no test and no comparison uses another number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The largest difference that counts as equal.
+
+    Attributes:
+        value: in `unit`.
+        unit: what the number measures.
+        reason: why not smaller.
+    """
+
+    value: float
+    unit: str
+    reason: str
+
+
+RELATIVE = "relative L2 difference"
+POINTS = "share of test samples"
+ENTRIES = "entries that differ"
+
+TOLERANCES: dict[str, Tolerance] = {
+    "decision": Tolerance(0.0, ENTRIES, "decisions are computed by the same float64 code from equal weights"),
+    "macs": Tolerance(0.0, "multiply-accumulates", "both counts come from the same counter over integer shapes"),
+    "integers": Tolerance(0.0, ENTRIES, "integers and steps are computed by the same code from equal weights"),
+    "activation_step": Tolerance(
+        1e-5,
+        "largest relative difference",
+        "thresholds are extremes of float32 activations, which differ by the order of summation in the layers before",
+    ),
+    "forward": Tolerance(
+        1e-5, RELATIVE, "float32 convolutions sum in different orders; about 1e-7 a layer, growing with depth"
+    ),
+    "forward_quantized": Tolerance(
+        0.03,
+        RELATIVE,
+        "a float32 difference of 1e-7 before rounding flips a few activations by one step of their 8-bit grid",
+    ),
+    "metric": Tolerance(
+        0.01, POINTS, "after training in float32 runs diverge chaotically; one point of accuracy on the test set"
+    ),
+    "training_float64": Tolerance(
+        1e-7, "largest difference of a parameter", "ten SGD steps in float64; summation order grows with each step"
+    ),
+    "gradient": Tolerance(1e-4, RELATIVE, "float32 sums over batch and space in different orders, forward and back"),
+    "gradient_float64": Tolerance(1e-9, RELATIVE, "float64 sums in different orders"),
+    "operation": Tolerance(1e-6, RELATIVE, "one float32 operation against NumPy in float64"),
+    "removal": Tolerance(
+        2e-5, RELATIVE, "removing channels equals zeroing them up to the order of summation over fewer channels"
+    ),
+    "statistics": Tolerance(1e-6, RELATIVE, "BatchNorm statistics and optimizer slots of one step against NumPy, float32"),
+    "statistics_float64": Tolerance(1e-12, RELATIVE, "the same in float64"),
+    "fake_quant": Tolerance(0.0, ENTRIES, "division, rounding half to even and product are exact float32 operations"),
+}
+
+
+def tolerance(name: str) -> Tolerance:
+    """The row of that name; KeyError when the table has none."""
+    return TOLERANCES[name]

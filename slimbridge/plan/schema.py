@@ -1,0 +1,242 @@
+"""The plan: what a user writes, checked, with every default made visible."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from slimbridge.plan.registries import IMPORTANCES, LOSSES, OBSERVERS, SCHEDULES
+from slimbridge.plan.registry import Registry
+
+
+def _named_in(registry: Registry[Any]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in registry.names():
+            raise ValueError(registry.unknown(name))
+        return name
+
+    return AfterValidator(check)
+
+
+ImportanceName = Annotated[str, _named_in(IMPORTANCES)]
+ObserverName = Annotated[str, _named_in(OBSERVERS)]
+LossName = Annotated[str, _named_in(LOSSES)]
+ScheduleName = Annotated[str, _named_in(SCHEDULES)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, (bool, int, float, str)):
+        raise ValueError(f"found a {type(value).__name__}; allowed: a number, a string, true or false")
+    return value
+
+
+Options: TypeAlias = dict[str, Annotated[Any, AfterValidator(_plain)]]
+
+
+class Section(BaseModel):
+    """A part of a plan: unknown keys and unfitting types are refused; it cannot be changed once made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """A zoo model; leave the section out to pass a model of your own.
+
+    Attributes:
+        name: a zoo model's name.
+        num_classes: outputs of the last layer.
+        seed: of the initial weights, which are equal on all frameworks.
+        options: further options of that model.
+    """
+
+    name: str
+    num_classes: Positive = 10
+    seed: Annotated[int, Field(ge=0)] = 0
+    options: Options = {}
+
+
+class DataSection(Section):
+    """A shipped data set; leave the section out to pass data of your own."""
+
+    name: str
+    options: Options = {}
+
+
+class OptimizerSection(Section):
+    """See `slimbridge.ports.OptimizerSettings`; momentum and nesterov are for sgd, betas and eps for adam, adamw."""
+
+    kind: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0001
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+
+
+class TrainSection(Section):
+    """How to train.
+
+    Attributes:
+        epochs: passes over the training data.
+        batch_size: samples a step; the last, smaller batch of an epoch is used too unless it holds one sample.
+        learning_rate: of the first step after warm-up.
+        schedule: how the learning rate changes, a registered name.
+        warmup_epochs: epochs over which the learning rate rises linearly from 0.
+        optimizer: see `OptimizerSection`.
+    """
+
+    epochs: Positive
+    batch_size: Positive = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    schedule: ScheduleName = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: OptimizerSection = OptimizerSection()
+
+
+class BaselineSection(Section):
+    """What happens to the model before the first stage: weights are loaded from a file, or it is trained, or both.
+
+    Attributes:
+        weights: a .safetensors file with canonical names.
+        train: how to train.
+    """
+
+    weights: str | None = None
+    train: TrainSection | None = None
+
+
+class PruneStage(Section):
+    """Remove output channels of convolutions and linear layers, the least important first, in each channel group.
+
+    Attributes:
+        importance: criterion, a registered name.
+        pruning_ratio: share of each group's channels to remove; min(n - 1, round(n * ratio)) of n go, half to even.
+        ignored_layers: layer paths or patterns (fnmatch) whose output channels stay.
+        finetune: training right after the removal.
+    """
+
+    kind: Literal["prune"] = "prune"
+    importance: ImportanceName = "l1_norm"
+    pruning_ratio: Annotated[float, Field(gt=0, lt=1)]
+    ignored_layers: tuple[str, ...] = Field(default=(), strict=False)
+    finetune: TrainSection | None = None
+
+
+class LossSection(Section):
+    """One term: its weight; temperature for losses on logits; student and teacher layer for losses on features."""
+
+    loss: LossName
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    student: str | None = None
+    teacher: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> LossSection:
+        entry = LOSSES.get(self.loss)
+        if entry.against == "feature" and (self.student is None or self.teacher is None):
+            raise ValueError(f"loss '{self.loss}' compares features: it needs 'student' and 'teacher' layer paths")
+        if entry.against != "feature" and (self.student or self.teacher):
+            raise ValueError(f"loss '{self.loss}' takes no 'student' or 'teacher' layer")
+        if self.temperature is not None and not entry.uses_temperature:
+            raise ValueError(f"loss '{self.loss}' takes no 'temperature'")
+        return self
+
+
+class TeacherSection(Section):
+    """Who teaches: the model as it was before the first stage ("baseline"), or a zoo model with its weights."""
+
+    model: Literal["baseline"] | ModelSection = "baseline"
+    weights: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> TeacherSection:
+        if self.model == "baseline" and self.weights is not None:
+            raise ValueError("the baseline has its weights already: leave 'weights' out, or name a zoo model")
+        if self.model != "baseline" and self.weights is None:
+            raise ValueError("a teacher from the zoo needs 'weights', a .safetensors file")
+        return self
+
+
+class DistillStage(Section):
+    """Train the model, the student, against a teacher.
+
+    Attributes:
+        teacher: see `TeacherSection`.
+        losses: the terms; their weighted sum is minimised.
+        train: how to train.
+    """
+
+    kind: Literal["distill"] = "distill"
+    teacher: TeacherSection = TeacherSection()
+    losses: Annotated[tuple[LossSection, ...], Field(min_length=1, strict=False)]
+    train: TrainSection
+
+
+class QuantizeStage(Section):
+    """Static quantization of the inputs and weights of convolutions and linear layers.
+
+    Weights: symmetric, one step for each output channel. Activations: symmetric, one step for each tensor.
+
+    Attributes:
+        weight_bits, activation_bits: word length; 8.
+        observer: how activation ranges are collected over the calibration batches, a registered name.
+        observer_options: options of the observer.
+        calibration_batches, calibration_batch_size: taken from the training data.
+        ignored_layers: layer paths or patterns (fnmatch) that stay in float.
+    """
+
+    kind: Literal["quantize"] = "quantize"
+    weight_bits: Literal[8] = 8
+    activation_bits: Literal[8] = 8
+    observer: ObserverName = "moving_average"
+    observer_options: Options = {}
+    calibration_batches: Positive = 8
+    calibration_batch_size: Positive = 32
+    ignored_layers: tuple[str, ...] = Field(default=(), strict=False)
+
+
+class FinetuneStage(Section):
+    """Train the model as it is, on the task's own loss."""
+
+    kind: Literal["finetune"] = "finetune"
+    train: TrainSection
+
+
+Stage: TypeAlias = PruneStage | DistillStage | QuantizeStage | FinetuneStage
+
+
+class Plan(Section):
+    """One compression plan.
+
+    Attributes:
+        name: of the plan, for reports.
+        model, data: from the zoo and the shipped data sets; either may be passed as an argument instead.
+        task: fixes the loss on labels and the metric.
+        seed: of data order, calibration and the frameworks' generators.
+        device: "cpu" or "gpu".
+        baseline: what happens before the first stage.
+        stages: in the order they run.
+    """
+
+    name: str = "plan"
+    model: ModelSection | None = None
+    data: DataSection | None = None
+    task: Literal["classification"] = "classification"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    device: Literal["cpu", "gpu"] = "cpu"
+    baseline: BaselineSection = BaselineSection()
+    stages: Annotated[tuple[Annotated[Stage, Field(discriminator="kind")], ...], Field(min_length=1, strict=False)]
+
+    @model_validator(mode="after")
+    def _order(self) -> Plan:
+        kinds = [stage.kind for stage in self.stages]
+        if "quantize" in kinds and kinds.index("quantize") != len(kinds) - 1:
+            late = kinds[kinds.index("quantize") + 1]
+            raise ValueError(
+                f"stage {len(kinds)} of {len(kinds)}: '{late}' after 'quantize' would change the quantized weights; "
+                "static quantization comes last, once"
+            )
+        return self

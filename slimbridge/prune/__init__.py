@@ -1,0 +1,6 @@
+"""Pruning: importances, selection, and the pruner."""
+
+from slimbridge.prune.pruner import Pruner
+from slimbridge.prune.select import least_important, remove_count, unit_importance
+
+__all__ = ["Pruner", "least_important", "remove_count", "unit_importance"]

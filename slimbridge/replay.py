@@ -1,0 +1,117 @@
+"""Does a run again on another backend, stage by stage, each from the reference's own weights.
+
+Two runs diverge as soon as they train; decisions made from diverged weights differ and that proves nothing. A
+replay takes the reference's weights before a stage, decides there, takes its weights after the stage and runs
+them, so that what should be equal can be compared exactly.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from slimbridge.decisions import Decision, QuantizeDecision, decision_to_json
+from slimbridge.discovery import get_backend
+from slimbridge.distill import Distiller
+from slimbridge.errors import RunError
+from slimbridge.files import write_file
+from slimbridge.graph import cost_of
+from slimbridge.parity.replay_records import Replay, ReplayStage
+from slimbridge.plan import DistillStage, PruneStage, QuantizeStage
+from slimbridge.ports import Backend, Model
+from slimbridge.prune import Pruner
+from slimbridge.quantize import Quantizer, integer_weights
+from slimbridge.runfolder import RunFolder, stage_names
+from slimbridge.runner import PROBE, build_model, first_inputs, plan_data, rebuild
+from slimbridge.stages import calibration_inputs
+from slimbridge.tasks import Data
+from slimbridge.train import Progress, Quiet, outputs_of
+from slimbridge.weights import digest_of, save_weights
+
+
+def replay(
+    reference: Path, backend: str, output: Path, data: Data | None = None, progress: Progress | None = None
+) -> Replay:
+    """Replay a complete run.
+
+    Args:
+        reference: the run's folder; its plan must name a zoo model.
+        backend: name of the backend to replay on.
+        output: folder of the replay; an old replay there is replaced.
+        data: None takes the plan's.
+        progress: who is told.
+    Raises:
+        SlimbridgeError: the reference is not complete, its model or data are unknown here, a file cannot be written.
+    """
+    job = _Replay(RunFolder(reference), get_backend(backend), output, data, progress or Quiet())
+    return job.run()
+
+
+class _Replay:
+    def __init__(self, folder: RunFolder, backend: Backend, output: Path, data: Data | None, progress: Progress) -> None:
+        self.folder, self.backend, self.output, self.progress = folder, backend, output, progress
+        self.plan = folder.plan()
+        self.data = data or plan_data(self.plan)
+        self.example = first_inputs(self.data, 1)
+
+    def run(self) -> Replay:
+        names = stage_names(self.plan)
+        missing = [name for name in names if not self.folder.done(name)]
+        if missing:
+            raise RunError(f"{self.folder.path}: not complete: {', '.join(missing)} missing; resume it first")
+        self._fresh_output()
+        self.progress.start(f"replaying {self.folder.path.name} on {self.backend.name}", len(names))
+        stages = []
+        for index, name in enumerate(names):
+            stages.append(self._stage(index, name, names))
+            self.progress.step(name)
+        digest = digest_of(self.folder.weights(names[-1]))
+        result = Replay(backend=self.backend.name, reference_digest=digest, stages=tuple(stages))
+        write_file(self.output / "replay.json", result.model_dump_json(indent=1))
+        return result
+
+    def _fresh_output(self) -> None:
+        if self.output.exists() and any(self.output.iterdir()) and not (self.output / "replay.json").exists():
+            raise RunError(f"{self.output}: exists and is not a replay; name another folder")
+        try:
+            shutil.rmtree(self.output, ignore_errors=True)
+            self.output.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(f"{self.output}: cannot be made: {error.strerror or error}") from error
+
+    def _model(self, upto: str) -> Model:
+        fresh = self.backend.place(build_model(self.plan, self.backend), self.plan.device)
+        return rebuild(self.backend, fresh, self.folder, upto)
+
+    def _stage(self, index: int, name: str, names: tuple[str, ...]) -> ReplayStage:
+        here = self.output / name
+        here.mkdir()
+        decision = None
+        if index:
+            stage = self.plan.stages[index - 1]
+            decision = self._decide(stage, self._model(names[index - 1]))
+        if decision is not None:
+            write_file(here / "decision.json", decision_to_json(decision))
+        if isinstance(decision, QuantizeDecision):
+            before = self.folder.weights(names[index - 1])
+            save_weights(here / "integers.safetensors", integer_weights(decision, before))
+        model = self._model(name)
+        probe = outputs_of(self.backend, model, first_inputs(self.data, PROBE))
+        save_weights(here / "probe.safetensors", {"output": probe})
+        macs = cost_of(self.backend.trace(model, self.example)).macs
+        return ReplayStage(name=name, macs=macs, decided=decision is not None)
+
+    def _decide(self, stage: Any, model: Model) -> Decision | None:
+        if isinstance(stage, PruneStage):
+            return Pruner(stage).prune(self.backend, model, self.example)[1]
+        if isinstance(stage, QuantizeStage):
+            quantizer, layers = Quantizer(stage), self.backend.layers(model)
+            inputs = calibration_inputs(self.data, self.plan.seed, stage)
+            thresholds = quantizer.observe(self.backend, model, quantizer.chosen(layers)[0], inputs)
+            return quantizer.decide(layers, self.backend.read(model), thresholds)
+        if isinstance(stage, DistillStage) and stage.teacher.model == "baseline":
+            teacher = self._model("00-baseline")
+            digest = digest_of(self.backend.read(teacher))
+            return Distiller(stage).decide(self.backend, model, teacher, digest, self.example)
+        return None

@@ -1,0 +1,210 @@
+"""How each kind of stage is carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from slimbridge.decisions import Decision, DistillDecision, PruneDecision, QuantizeDecision, Skipped
+from slimbridge.distill import Distiller, hard_labels, terms
+from slimbridge.errors import RunError, listed
+from slimbridge.plan import BaselineSection, DistillStage, FinetuneStage, Plan, PruneStage, QuantizeStage, TrainSection
+from slimbridge.ports import Array, Backend, Loss, Model, Pass, tensors_in
+from slimbridge.prune import Pruner
+from slimbridge.quantize import Quantizer
+from slimbridge.report.records import EpochRecord
+from slimbridge.tasks import Data, Split, batches, epoch_order
+from slimbridge.tasks.metrics import Metric
+from slimbridge.train import Progress, Training, evaluate, train
+from slimbridge.train.loop import Objective
+from slimbridge.weights import digest_of, load_weights
+
+UserLoss = Callable[[Any, Any], Any]
+"""(the model's output, the batch's targets as a native tensor) -> native scalar."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What every stage works with.
+
+    Attributes:
+        backend, plan, data, metric, progress: as the run was given them.
+        example: inputs of one forward pass, batch 1.
+        loss: the user's own loss on labels; None is the task's.
+        checkpoint: from a stage's name to the file of its training's checkpoint.
+        teacher: makes a new copy of the baseline with its weights.
+    """
+
+    backend: Backend
+    plan: Plan
+    data: Data
+    metric: Metric
+    progress: Progress
+    example: tuple[Array, ...]
+    loss: UserLoss | None
+    checkpoint: Callable[[str], Path]
+    teacher: Callable[[], Model]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A model after a stage, and what is to be told of it."""
+
+    model: Model
+    decision: Decision | None = None
+    metric_before_training: float | None = None
+    epochs: tuple[EpochRecord, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+
+def run_stage(scene: Scene, name: str, stage: Any, model: Model) -> Outcome:
+    """Carry out one stage on a model, which may be changed in place."""
+    return _RUNNERS[type(stage)](scene, name, stage, model)
+
+
+def _baseline(scene: Scene, name: str, stage: BaselineSection, model: Model) -> Outcome:
+    if stage.weights is not None:
+        model = scene.backend.write(model, load_weights(Path(stage.weights)))
+    if stage.train is None:
+        return Outcome(model)
+    model, epochs = _train(scene, name, stage.train, model, on_labels(scene, model))
+    return Outcome(model, epochs=epochs)
+
+
+def _finetune(scene: Scene, name: str, stage: FinetuneStage, model: Model) -> Outcome:
+    model, epochs = _train(scene, name, stage.train, model, on_labels(scene, model))
+    return Outcome(model, epochs=epochs)
+
+
+def _prune(scene: Scene, name: str, stage: PruneStage, model: Model) -> Outcome:
+    scene.progress.start(f"{name}: choosing channels", 1)
+    model, decision = Pruner(stage).prune(scene.backend, model, scene.example)
+    outcome = Outcome(model, decision, notes=_prune_notes(decision))
+    if stage.finetune is None:
+        return outcome
+    before = evaluate(scene.backend, model, scene.data.test, scene.metric, scene.progress)
+    model, epochs = _train(scene, name, stage.finetune, model, on_labels(scene, model))
+    return replace(outcome, model=model, metric_before_training=before, epochs=epochs)
+
+
+def _prune_notes(decision: PruneDecision) -> tuple[str, ...]:
+    layers = sum(len(group.layers) for group in decision.groups if group.removed)
+    removed = sum(len(group.removed) for group in decision.groups)
+    total = sum(group.channels for group in decision.groups)
+    line = f"{removed} of {total} channels removed in {len(decision.groups)} groups ({layers} layers)"
+    return (line, *_skipped_notes(decision.skipped))
+
+
+def _skipped_notes(skipped: tuple[Skipped, ...]) -> tuple[str, ...]:
+    reasons: dict[str, list[str]] = {}
+    for item in skipped:
+        reasons.setdefault(item.reason, []).append(item.layer)
+    return tuple(f"left alone: {listed(layers, 6)}: {reason}" for reason, layers in reasons.items())
+
+
+def _distill(scene: Scene, name: str, stage: DistillStage, model: Model) -> Outcome:
+    backend, distiller = scene.backend, Distiller(stage)
+    teacher = _teacher(scene, stage)
+    digest = digest_of(backend.read(teacher))
+    decision = distiller.decide(backend, model, teacher, digest, scene.example)
+    paths = distiller.paths("teacher")
+
+    def objective(inputs: tuple[Array, ...], targets: Array) -> Loss:
+        labels = backend.tensor(model, targets)
+        taught = backend.forward(teacher, inputs, paths) if distiller.needs_teacher else None
+        return lambda result: terms(decision, backend.ops, result, taught, labels)
+
+    before = evaluate(backend, model, scene.data.test, scene.metric, scene.progress)
+    model, epochs = _train(scene, name, stage.train, model, objective, distiller.paths("student"))
+    return Outcome(model, decision, before, epochs)
+
+
+def _teacher(scene: Scene, stage: DistillStage) -> Model:
+    if stage.teacher.model == "baseline":
+        return scene.teacher()
+    from slimbridge import zoo
+
+    section = stage.teacher.model
+    model = zoo.build(section.name, scene.backend, section.num_classes, seed=section.seed, **section.options)  # type: ignore[arg-type]
+    model = scene.backend.place(model, scene.plan.device)
+    return scene.backend.write(model, load_weights(Path(str(stage.teacher.weights))))
+
+
+def calibration_inputs(data: Data, seed: int, stage: QuantizeStage) -> list[tuple[Array, ...]]:
+    """The inputs that a quantize stage calibrates on: the same on every framework."""
+    source, size, count = data.train, stage.calibration_batch_size, stage.calibration_batches
+    order = None
+    if isinstance(source, Split):
+        order = epoch_order(len(source), seed, "calibration")[: size * count]
+    found = []
+    for inputs, _ in batches(source, size, order):
+        found.append(inputs)
+        if len(found) == count:
+            break
+    return found
+
+
+def _quantize(scene: Scene, name: str, stage: QuantizeStage, model: Model) -> Outcome:
+    quantizer, backend = Quantizer(stage), scene.backend
+    layers = backend.layers(model)
+    chosen, _ = quantizer.chosen(layers)
+    inputs = calibration_inputs(scene.data, scene.plan.seed, stage)
+    scene.progress.start(f"{name}: calibrating", len(inputs))
+    thresholds = quantizer.observe(backend, model, chosen, _told(inputs, scene.progress))
+    decision = quantizer.decide(layers, backend.read(model), thresholds)
+    model = quantizer.apply(backend, model, decision)
+    return Outcome(model, decision, notes=_quantize_notes(decision, layers, len(inputs)))
+
+
+def _told(items: list[tuple[Array, ...]], progress: Progress) -> Any:
+    for item in items:
+        yield item
+        progress.step()
+
+
+def _quantize_notes(decision: QuantizeDecision, layers: Any, found: int) -> tuple[str, ...]:
+    candidates = sum(layer.kind in ("conv", "linear") for layer in layers)
+    line = f"{len(decision.weights)} of {candidates} convolution and linear layers quantized, {found} calibration batches"
+    speed = "int8 is simulated: weights are stored as int8, the model computes in float and is not faster"
+    return (line, speed, *_skipped_notes(decision.skipped))
+
+
+def on_labels(scene: Scene, model: Model) -> Objective:
+    """The loss on labels alone: the user's own, or the task's cross entropy."""
+    ops = scene.backend.ops
+
+    def objective(inputs: tuple[Array, ...], targets: Array) -> Loss:
+        def loss(result: Pass) -> dict[str, Any]:
+            labels = scene.backend.tensor(model, targets)
+            if scene.loss is not None:
+                return {"loss": scene.loss(result.output, labels)}
+            return {"hard_labels": hard_labels(ops, tensors_in(result.output)[0], labels)}
+
+        return loss
+
+    return objective
+
+
+def _train(
+    scene: Scene,
+    name: str,
+    settings: TrainSection,
+    model: Model,
+    objective: Objective,
+    capture: tuple[str, ...] = (),
+) -> tuple[Model, tuple[EpochRecord, ...]]:
+    training = Training(
+        settings, scene.data.train, objective, scene.plan.seed, name, capture, scene.checkpoint(name), scene.progress
+    )
+    return train(scene.backend, model, training)
+
+
+_RUNNERS: dict[type, Callable[[Scene, str, Any, Model], Outcome]] = {
+    BaselineSection: _baseline,
+    PruneStage: _prune,
+    DistillStage: _distill,
+    QuantizeStage: _quantize,
+    FinetuneStage: _finetune,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,14 +86,14 @@ class _Check:
         if self._try("data does not fit the model", lambda: side.forward(model, example)) is None:
             return
         teacher = side.clone(model)
-        student: Model | None = side.clone(model)
+        student = side.clone(model)
         for index, stage in enumerate(self.plan.stages):
             where = f"stages[{index}]"
             if isinstance(stage, PruneStage):
-                pruned = self._try(where, lambda stage=stage: Pruner(stage).prune(side, student, example)[0])  # type: ignore[misc]
-                student = pruned if pruned is not None else student
+                pruned = self._try(where, partial(Pruner(stage).prune, side, student, example))
+                student = pruned[0] if pruned is not None else student
             elif isinstance(stage, QuantizeStage):
-                self._try(where, lambda stage=stage: Quantizer(stage).chosen(side.layers(student)))  # type: ignore[misc]
+                self._try(where, partial(Quantizer(stage).chosen, side.layers(student)))
             elif isinstance(stage, DistillStage):
                 self._distill(where, stage, side, student, teacher, example)
 

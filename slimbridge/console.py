@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from slimbridge.plan import Plan
+from slimbridge.ports import Device
 
 
 class Bars:
@@ -99,7 +100,7 @@ def compare_two(reference: Path, other: Path, output: Path | None, as_json: bool
     return comparison.passed
 
 
-def conformance(backend: str, device: str, as_json: bool) -> bool:
+def conformance(backend: str, device: Device, as_json: bool) -> bool:
     """Run the conformance suite, print; True when every case passes."""
     from slimbridge.conformance import run_conformance
     from slimbridge.discovery import get_backend

@@ -88,7 +88,7 @@ class Pass(NamedTuple):
     """
 
     output: Any
-    features: Mapping[str, Tensor] = field(default_factory=dict)  # type: ignore[assignment]
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Loss: TypeAlias = Callable[[Pass], Mapping[str, Tensor]]

@@ -41,6 +41,7 @@ def replay(
         output: folder of the replay; an old replay there is replaced.
         data: None takes the plan's.
         progress: who is told.
+
     Raises:
         SlimbridgeError: the reference is not complete, its model or data are unknown here, a file cannot be written.
     """
@@ -49,7 +50,9 @@ def replay(
 
 
 class _Replay:
-    def __init__(self, folder: RunFolder, backend: Backend, output: Path, data: Data | None, progress: Progress) -> None:
+    def __init__(
+        self, folder: RunFolder, backend: Backend, output: Path, data: Data | None, progress: Progress
+    ) -> None:
         self.folder, self.backend, self.output, self.progress = folder, backend, output, progress
         self.plan = folder.plan()
         self.data = data or plan_data(self.plan)

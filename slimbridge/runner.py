@@ -108,6 +108,7 @@ def compress(
         run_dir: the run's folder, new or empty; None uses a temporary one, see `Result.save`.
         resume: go on with the run in `run_dir`, if there is one.
         progress: who is told; None is quiet.
+
     Raises:
         SlimbridgeError: any mistake in plan, data or model, in one or two lines.
     """
@@ -129,6 +130,7 @@ def restore(model: Model, run_dir: str | Path) -> Model:
     Args:
         model: of the run's architecture, on any framework, left as it is.
         run_dir: of a complete run.
+
     Raises:
         RunError, ModelError: it is no run folder, or the model does not fit it.
     """
@@ -173,7 +175,7 @@ def build_model(plan: Plan, backend: Backend) -> Model:
     if plan.model is None:
         raise PlanError([f"plan '{plan.name}': names no model; add a model section or pass a model"])
     section = plan.model
-    return zoo.build(section.name, backend, section.num_classes, seed=section.seed, **section.options)  # type: ignore[arg-type]
+    return zoo.build(section.name, backend, section.num_classes, seed=section.seed, **section.options)
 
 
 def plan_data(plan: Plan) -> Data:
@@ -184,8 +186,9 @@ def plan_data(plan: Plan) -> Data:
 
 
 def first_inputs(data: Data, count: int) -> tuple[Array, ...]:
-    """Inputs of the first `count` test samples (fewer when the first batch of a loader is smaller)."""
-    inputs, _ = next(iter(batches(data.test, count)))
+    """Inputs of the first `count` test samples (fewer where there are fewer, or a loader's first batch is smaller)."""
+    order = np.arange(min(count, len(data.test))) if isinstance(data.test, Split) else None
+    inputs, _ = next(iter(batches(data.test, count, order)))
     return tuple(array[:count] for array in inputs)
 
 
@@ -266,9 +269,7 @@ class _Run:
         self.scene.progress.say(f"{backend.name} {name}: {_summary(record)} ({plan.name})")
         return outcome.model
 
-    def _measure(
-        self, outcome: Outcome, index: int, kind: Any, name: str, seconds: float, digest: str
-    ) -> StageRecord:
+    def _measure(self, outcome: Outcome, index: int, kind: Any, name: str, seconds: float, digest: str) -> StageRecord:
         scene, backend = self.scene, self.scene.backend
         metric = evaluate(backend, outcome.model, scene.data.test, scene.metric, scene.progress)
         cost = cost_of(backend.trace(outcome.model, scene.example))

@@ -29,6 +29,7 @@ def run_session(plan: Plan, backends: Sequence[str], output: Path, resume: bool)
         backends: names, the reference first.
         output: folder that gets one run folder for each backend, comparison.json and report.html.
         resume: go on with what is there.
+
     Raises:
         RunError: a run failed; its message has been printed by its own process.
     """
@@ -76,7 +77,8 @@ def _replayed(reference: RunFolder, other: RunFolder) -> Path | None:
     folder = other.path / f"replay-of-{reference.facts()['backend']}"
     names = stage_names(plan)
     if (folder / "replay.json").exists() and reference.done(names[-1]):
-        if read_replay(folder).reference_digest == digest_of(reference.weights(names[-1])):
+        digest = digest_of(reference.weights(names[-1]))
+        if read_replay(folder).reference_digest == digest:
             return folder
     arguments = ["replay", str(reference.path), "--backend", other.facts()["backend"], "--output", str(folder)]
     _process(arguments, "the replay")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from slimbridge.decisions import Decision, DistillDecision, PruneDecision, QuantizeDecision, Skipped
+from slimbridge.decisions import Decision, PruneDecision, QuantizeDecision, Skipped
 from slimbridge.distill import Distiller, hard_labels, terms
-from slimbridge.errors import RunError, listed
+from slimbridge.errors import listed
 from slimbridge.plan import BaselineSection, DistillStage, FinetuneStage, Plan, PruneStage, QuantizeStage, TrainSection
 from slimbridge.ports import Array, Backend, Loss, Model, Pass, tensors_in
 from slimbridge.prune import Pruner
@@ -127,7 +127,7 @@ def _teacher(scene: Scene, stage: DistillStage) -> Model:
     from slimbridge import zoo
 
     section = stage.teacher.model
-    model = zoo.build(section.name, scene.backend, section.num_classes, seed=section.seed, **section.options)  # type: ignore[arg-type]
+    model = zoo.build(section.name, scene.backend, section.num_classes, seed=section.seed, **section.options)
     model = scene.backend.place(model, scene.plan.device)
     return scene.backend.write(model, load_weights(Path(str(stage.teacher.weights))))
 
@@ -166,7 +166,9 @@ def _told(items: list[tuple[Array, ...]], progress: Progress) -> Any:
 
 def _quantize_notes(decision: QuantizeDecision, layers: Any, found: int) -> tuple[str, ...]:
     candidates = sum(layer.kind in ("conv", "linear") for layer in layers)
-    line = f"{len(decision.weights)} of {candidates} convolution and linear layers quantized, {found} calibration batches"
+    line = (
+        f"{len(decision.weights)} of {candidates} convolution and linear layers quantized, {found} calibration batches"
+    )
     speed = "int8 is simulated: weights are stored as int8, the model computes in float and is not faster"
     return (line, speed, *_skipped_notes(decision.skipped))
 

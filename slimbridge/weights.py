@@ -41,6 +41,7 @@ def save_weights(path: Path, arrays: Mapping[str, Array], decision: QuantizeDeci
         path: of the .safetensors file.
         arrays: canonical name -> real values.
         decision: its weights are stored as int8 and their steps.
+
     Raises:
         RunError: the file cannot be written.
     """

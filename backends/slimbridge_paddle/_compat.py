@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def quiet_training() -> Iterator[None]:
         yield
 
 
-@lru_cache(maxsize=None)
+@cache
 def rounds_half_even(place: str) -> bool:
     """Does paddle.round round half to even on this device? (3.3 does on the CPU; older releases round half away.)"""
     probe = paddle.to_tensor(np.array([0.5, 1.5, 2.5, -0.5, -1.5, -2.5], np.float32), place=_place(place))
@@ -71,11 +71,14 @@ def _place(name: str) -> Any:
 
 
 def half_even_from_floor(x: Any) -> Any:
-    """Round half to even by floor alone, right for all magnitudes: x - floor(x) is exact where it decides."""
+    """Round half to even by floor alone, right for all magnitudes: x - floor(x) is exact where it decides.
+
+    No `==`: Paddle 3.3 calls two floating numbers equal when they differ by less than 1e-8.
+    """
     low = paddle.floor(x)
     rest = x - low
     odd = low - 2 * paddle.floor(low / 2)
-    up = (rest > 0.5) | ((rest == 0.5) & (odd == 1))
+    up = (rest > 0.5) | ((rest >= 0.5) & (odd > 0.5))
     return low + up.astype(x.dtype)
 
 
@@ -100,6 +103,7 @@ def corrected_statistic(old: Any, new: Any, momentum: float, factor: float = 1.0
         new: statistic after it, same shape.
         momentum: share of the old value that is kept.
         factor: correction of the batch statistic.
+
     Returns:
         A tensor in the dtype of `new`; computed in float64.
     """
@@ -128,11 +132,14 @@ class Momentum(paddle.optimizer.Momentum):  # type: ignore[misc]
 class AdamW(paddle.optimizer.AdamW):  # type: ignore[misc]
     """AdamW that is exact in float64 (3.3's kernel rounds the decay to float32)."""
 
+    _weight_decay: float
+
     def _append_optimize_op(self, block: Any, param_and_grad: Any) -> Any:
         param = param_and_grad[0]
         if param.dtype != paddle.float64:
             return super()._append_optimize_op(block, param_and_grad)
-        decay, self._weight_decay = self._weight_decay, 0.0
+        decay = self._weight_decay
+        self._weight_decay = 0.0
         try:
             with paddle.no_grad():
                 paddle.assign(param * (1.0 - self.get_lr() * decay), output=param)

@@ -20,6 +20,7 @@ from slimbridge.ports import (
     Layer,
     Loss,
     Model,
+    Ops,
     Optimizer,
     OptimizerSettings,
     Pass,
@@ -35,11 +36,9 @@ _DISTRIBUTIONS = ("paddlepaddle", "paddlepaddle-gpu", "paddleslim")
 class PaddleBackend:
     """PaddlePaddle, dynamic graph."""
 
-    name = "paddle"
-
-    def __init__(self) -> None:
-        self.ops = PaddleOps()
-        self.nn: Any = Namespace()
+    name: str = "paddle"
+    ops: Ops = PaddleOps()
+    nn: Any = Namespace()
 
     def capabilities(self) -> Capabilities:
         """What Paddle can do on this machine; PaddleSlim is looked up, not imported."""

@@ -56,7 +56,8 @@ def capture(model: Any, inputs: Sequence[Array]) -> Program:
     specs = [_spec(np.asarray(array), dtype) for array in inputs]
     try:
         with untouched(model):
-            return _direct(model, specs)
+            found: Program = _direct(model, specs)
+            return found
     except _FAILURES as first:
         try:
             with untouched(model):
@@ -144,7 +145,7 @@ class _Caller(paddle.nn.Layer):  # type: ignore[misc]
         super().__init__()
         self.model = model
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, inputs: Sequence[Any]) -> Any:  # one list: the translation refuses *inputs
         """The model's own output."""
         return self.model(*inputs)
 
@@ -154,8 +155,8 @@ def _translated(model: Any, specs: Sequence[tuple[list[int], str]]) -> Program:
     caller = _Caller(model)
     caller.eval()
     spec = [paddle.static.InputSpec(shape, dtype) for shape, dtype in specs]
-    concrete = paddle.jit.to_static(caller, input_spec=spec, full_graph=True).forward.concrete_program
-    inputs = tuple(value for value in concrete.inputs if isinstance(value, paddle.pir.Value))
+    concrete = paddle.jit.to_static(caller, input_spec=[spec], full_graph=True).forward.concrete_program
+    inputs = tuple(value for value in tensors_in(list(concrete.inputs)) if isinstance(value, paddle.pir.Value))
     outputs = tuple(tensors_in(concrete.outputs))
     return Program(concrete.main_program, inputs, outputs, _tensors(concrete.parameters), paths)
 

@@ -41,12 +41,10 @@ class FakeQuant:
     Args:
         params: the grid; `step` has one number, or one for each index of `axis`.
         where: what the messages start with.
-
-    Raises:
-        ModelError: a grid that is not usable.
     """
 
     def __init__(self, params: QuantParams, where: str) -> None:
+        """Raise ModelError for a grid that is not usable."""
         if any(not math.isfinite(step) or step <= 0 for step in params.step):
             raise ModelError(f"{where}: each step must be positive and finite, found {min(params.step)}")
         if params.axis is None and len(params.step) != 1:
@@ -117,8 +115,7 @@ def reduce_inputs(model: Any, inputs: Sequence[Any], paths: Sequence[str]) -> di
 
     layers = find_layers(model, paths, "reduce")
     handles = [
-        layer.register_forward_pre_hook(observe(path), prepend=True, with_kwargs=True)
-        for path, layer in layers.items()
+        layer.register_forward_pre_hook(observe(path), prepend=True, with_kwargs=True) for path, layer in layers.items()
     ]
     with hooked(handles), mode(model, train=False), paddle.no_grad():
         run(model, inputs, ())

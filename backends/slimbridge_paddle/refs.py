@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, Union
+from typing import Any, TypeAlias
 
 from slimbridge_paddle.names import Entry
 
@@ -73,4 +73,4 @@ class Bundle:
     items: Sequence[Ref]
 
 
-Ref: TypeAlias = Union[Active, Stored, Literal, Bundle]
+Ref: TypeAlias = Active | Stored | Literal | Bundle

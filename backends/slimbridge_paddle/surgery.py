@@ -1,8 +1,8 @@
 """Removing channels: parameters, buffers, layer attributes and optimizer state, resized in place.
 
-PaddleSlim's `PruningPlan.apply` is not used: it turns float64 into float32 (optimizer state too), cuts a tensor that
-two layers share twice, skips buffers that are not parameters, needs a static graph's operation for its masks, keeps
-the old weights as saved buffers, and takes 2 s or more to import.
+PaddleSlim's `PruningPlan.apply` is not used: it turns float64 into float32 (optimizer state too), fails on a tensor
+that two layers share, skips buffers that are not parameters, needs a static graph's operation for its masks, keeps
+the old weights as saved buffers, and takes seconds to import.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _check(entry: Entry, axes: Mapping[int, tuple[int, ...]], size: tuple[int, .
     for axis, kept in axes.items():
         if not 0 <= axis < len(entry.shape):
             raise ModelError(f"remove_channels: '{entry.name}' has axes 0..{len(entry.shape) - 1}, not {axis}")
-        ascending = all(a < b for a, b in zip(kept, kept[1:], strict=False))
+        ascending = list(kept) == sorted(set(kept))
         if not kept or not ascending or kept[0] < 0 or kept[-1] >= entry.shape[axis]:
             raise ModelError(
                 f"remove_channels: '{entry.name}' axis {axis}: kept indices must be ascending in "
@@ -105,9 +105,12 @@ def _set(layer: Any, value: object, *attributes: str) -> None:
 
 
 def _refresh_conv(layer: Any) -> None:
-    """A depthwise convolution keeps its outputs per group; any other keeps its number of groups."""
+    """A depthwise convolution keeps its outputs per group; any other keeps its number of groups.
+
+    The attributes still tell what the layer was: a grouped convolution may be down to one input per group by now.
+    """
     outputs, per_group = (int(size) for size in layer.weight.shape[:2])
-    if per_group == 1 and layer._groups > 1:
+    if layer._in_channels == layer._groups > 1:
         layer._groups = outputs // (layer._out_channels // layer._groups)
     layer._out_channels, layer._in_channels = outputs, per_group * layer._groups
     if layer._op_type in ("conv2d", "depthwise_conv2d"):  # Paddle chooses the kernel once, in the constructor

@@ -36,6 +36,14 @@ def assign(tensor: Any, array: Array, place: Any = None) -> None:
     tensor.value().get_tensor().set(np.ascontiguousarray(array), place_of(tensor) if place is None else place)
 
 
+def replace_data(tensor: Any, other: Any) -> None:
+    """Let a tensor hold the data of another, on the device and unnoticed by a backward pass that is still to come.
+
+    Only for tensors that no gradient reads, such as running statistics in train mode.
+    """
+    tensor.value().get_tensor()._share_data_with(other.value().get_tensor())
+
+
 def copied(tensor: Any) -> Array:
     """The tensor's values as an array of its own."""
     return np.array(tensor.numpy())

@@ -20,6 +20,7 @@ from slimbridge_paddle.refs import Active, Bundle, Literal, Ref, Stored, Unsuppo
 
 Shape: TypeAlias = tuple[int, ...]
 
+
 def trace(model: Any, inputs: Sequence[Array]) -> Graph:
     """The graph of one eval pass; see `slimbridge.ports.Backend.trace`.
 
@@ -84,9 +85,9 @@ class Builder:
             self.path = self.program.paths.get(operation.id(), self.path)
 
     def _count(self, operation: Any) -> None:
-        for value in operation.operands_source():
-            if value.initialized():
-                self.uses[value.id] = self.uses.get(value.id, 0) + 1
+        read = [value.id for value in operation.operands_source() if value.initialized()]
+        for key in (*read, *_captured(operation)):
+            self.uses[key] = self.uses.get(key, 0) + 1
 
     def _add(self, operation: Any) -> None:
         name = operation.name()
@@ -127,7 +128,11 @@ class Builder:
         ]
 
     def emit(
-        self, kind: str, inputs: Sequence[int], shapes: Sequence[Shape], params: Mapping[str, str] | None = None,
+        self,
+        kind: str,
+        inputs: Sequence[int],
+        shapes: Sequence[Shape],
+        params: Mapping[str, str] | None = None,
         **attrs: Any,
     ) -> tuple[int, ...]:
         """Add a node; the ids of its outputs."""
@@ -171,7 +176,7 @@ class Builder:
 
     def outputs(self) -> list[int]:
         """Tensor ids of the model's outputs; what is not a tensor is left out."""
-        found = []
+        found: list[int] = []
         for output in self.program.outputs:
             if isinstance(output, paddle.pir.Value):
                 found.extend(self.tensor(ref) for ref in _flat([self.refs[output.id]]))
@@ -200,7 +205,7 @@ def _flat(refs: Sequence[Ref | None]) -> list[Ref]:
 
 def _captured(operation: Any) -> list[str]:
     """Ids of the values that the inner blocks of an operation read; those made inside are not known to us."""
-    found = []
+    found: list[str] = []
     for block in operation.blocks() if operation.num_regions() else ():
         for inner in block.ops:
             found.extend(value.id for value in inner.operands_source() if value.initialized())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from slimbridge.errors import ModelError
+from slimbridge_paddle.names import Entry
 from slimbridge_paddle.refs import Active, Literal, Ref, Stored, Unsupported
 from slimbridge_paddle.trace_ops import Call, channels_first, handles
 
@@ -20,7 +22,12 @@ def _conv(builder: Builder, call: Call) -> list[Ref]:
     if weight.shape[:2] != weight.entry.shape[:2]:
         raise Unsupported  # a weight whose channel axes were rearranged
     source = builder.tensor(call.operand(0))
-    kernel = weight.shape[2:]
+    kernel, channels = weight.shape[2:], builder.shapes[source][1]
+    if channels != weight.shape[1] * int(attrs["groups"]):  # Paddle itself notices only when it computes
+        raise ModelError(
+            f"trace: layer '{builder.path}' takes {weight.shape[1] * int(attrs['groups'])} channels, "
+            f"its input has {channels}"
+        )
     made = builder.one(
         "conv", (source,), call.shape, {"weight": weight.entry.name},
         groups=int(attrs["groups"]), transposed=False, stride=_tuple(attrs["strides"]),
@@ -64,14 +71,20 @@ def _matmul(builder: Builder, call: Call) -> list[Ref]:
     left, right = call.operands
     attrs = call.attrs
     swap_left, swap_right = bool(attrs.get("transpose_x", False)), bool(attrs.get("transpose_y", False))
-    plain = isinstance(right, Stored) and right.entry is not None and not right.steps and len(right.shape) == 2
-    if isinstance(left, Active) and plain and not swap_left and isinstance(right, Stored) and right.entry is not None:
-        if right.entry.transposed != swap_right:  # then the canonical layout is (out, in)
-            made = builder.one("linear", (left.tensor,), call.shape, {"weight": right.entry.name})
-            _may_fold(builder, call, made)
-            return [Active(made)]
+    weight = _matrix(right)
+    # The canonical layout is (out, in) exactly when one of the two transpositions takes place.
+    if isinstance(left, Active) and weight is not None and not swap_left and weight.transposed != swap_right:
+        made = builder.one("linear", (left.tensor,), call.shape, {"weight": weight.name})
+        _may_fold(builder, call, made)
+        return [Active(made)]
     inputs = (_swapped(builder, left, swap_left), _swapped(builder, right, swap_right))
     return [Active(builder.one("matmul", inputs, call.shape))]
+
+
+def _matrix(ref: Ref | None) -> Entry | None:
+    """The parameter, if it is one with two axes and nothing was done to it."""
+    plain = isinstance(ref, Stored) and not ref.steps and len(ref.origin) == 2
+    return ref.entry if plain and isinstance(ref, Stored) else None
 
 
 def _swapped(builder: Builder, ref: Ref | None, swap: bool) -> int:

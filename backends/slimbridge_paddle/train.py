@@ -14,7 +14,7 @@ from slimbridge.ports import Array, Loss, OptimizerSettings
 from slimbridge_paddle._compat import AdamW, Momentum, corrected_statistic, quiet_training
 from slimbridge_paddle.names import BATCH_NORMS, Entry, entries
 from slimbridge_paddle.run import hooked, run, summed
-from slimbridge_paddle.tensors import assign, copied, dtype_name
+from slimbridge_paddle.tensors import assign, copied, dtype_name, replace_data
 
 _POWERS = ("beta1_pow_acc", "beta2_pow_acc")
 
@@ -29,12 +29,10 @@ class PaddleOptimizer:
     Args:
         model: its parameters with `stop_gradient=False`, at least one.
         settings: see `OptimizerSettings`.
-
-    Raises:
-        ModelError: the model has nothing to train.
     """
 
     def __init__(self, model: Any, settings: OptimizerSettings) -> None:
+        """Raise ModelError for a model that has nothing to train, BackendError for settings without a meaning."""
         self._entries = {entry.name: entry for entry in entries(model) if entry.trainable}
         if not self._entries:
             raise ModelError("make_optimizer: the model has no trainable parameter")
@@ -142,7 +140,9 @@ def _power(beta: float, count: int, dtype: str) -> Array:
 
 def _native(parameters: list[Any], settings: OptimizerSettings) -> Any:
     decay = settings.weight_decay
-    if settings.kind == "sgd" and settings.momentum == 0.0:
+    if settings.kind == "sgd" and settings.nesterov and not settings.momentum:
+        raise BackendError("optimizer: nesterov needs a momentum above 0, found 0")
+    if settings.kind == "sgd" and not settings.momentum:
         return paddle.optimizer.SGD(0.0, parameters, weight_decay=decay or None)
     if settings.kind == "sgd":
         return Momentum(0.0, settings.momentum, parameters, settings.nesterov, weight_decay=decay or None)
@@ -200,9 +200,9 @@ def unbiased_statistics(model: Any) -> Iterator[None]:
         mean, variance = before.pop(id(layer))
         with paddle.no_grad():
             fixed = corrected_statistic(mean, layer._mean, layer._momentum)
-            paddle.assign(fixed, output=layer._mean)
+            replace_data(layer._mean, fixed)
             fixed = corrected_statistic(variance, layer._variance, layer._momentum, count / (count - 1))
-            paddle.assign(fixed, output=layer._variance)
+            replace_data(layer._variance, fixed)
 
     def tracks(layer: Any) -> bool:
         return bool(layer.training and not layer._use_global_stats)

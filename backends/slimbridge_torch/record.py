@@ -109,6 +109,7 @@ class _Values:
     extra: dict[int, tuple[str, list[Tensor]]] = field(default_factory=dict)
     literal: set[int] = field(default_factory=set)
     twins: dict[int, Tensor] = field(default_factory=dict)
+    backups: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)
 
 
@@ -201,7 +202,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args, kwargs = self._on_meta(info, args), {k: self._twin(v) for k, v in kwargs.items()}
             tensors = list(tensors_of((*args, *kwargs.values())))
         self._check_fresh(info.name, tensors)
-        before = [args[i] for i in info.written] if info.written else []
+        before = [args[i] for i in info.written if i < len(args)]
+        self._back_up(before)
         out = func(*args, **kwargs)
         outs = tuple(tensors_of((out,)))
         self._values.kept += [*tensors, *outs]
@@ -216,6 +218,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.path = ""
         self._check_fresh("output", [tensor])
         return self.value(tensor)
+
+    def restore(self) -> None:
+        """Give tensors with data that the pass wrote into (attributes that are no buffers) their values back."""
+        with torch.no_grad():
+            for tensor, values in self._values.backups.values():
+                tensor.copy_(values)
+
+    def _back_up(self, written: Iterable[Any]) -> None:
+        backups = self._values.backups
+        for item in written:
+            if isinstance(item, torch.Tensor) and item.device.type != "meta" and id(item) not in backups:
+                backups[id(item)] = (item, item.clone())
 
     def _check_fresh(self, op: str, tensors: Iterable[Tensor]) -> None:
         stale = self._values.stale

@@ -127,8 +127,11 @@ def _by_dispatch(
     _swap(model, recorder)
     examples = [_empty(tensor) for tensor in inputs]
     ids = tuple(recorder.add_input(example) for example in examples)
-    with _path_hooks(model, recorder), recorder:
-        output = model(*examples)
+    try:
+        with _path_hooks(model, recorder), recorder:
+            output = model(*examples)
+    finally:
+        recorder.restore()
     return ids, _outputs(output, recorder)
 
 

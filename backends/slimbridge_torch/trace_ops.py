@@ -137,7 +137,7 @@ def _unary(call: Call) -> Sequence[int]:
 
 
 def _binary(call: Call) -> Sequence[int]:
-    op = call.info.name
+    op = {"_prelu_kernel": "prelu"}.get(call.info.name, call.info.name)
     values = _inputs(call)
     if len(values) == 1:
         return [call.emit("elementwise", values, op=op)]

@@ -62,7 +62,7 @@ class TorchOptimizer:
         self._native.step()
 
     def state(self) -> dict[str, Array]:
-        """ "<parameter>/<slot>" -> copy; "step" is a 0-d int64 array, the others have the parameter's shape."""
+        """Slots as "<parameter>/<slot>" -> copy; "step" is a 0-d int64 array, the others have the parameter's shape."""
         found: dict[str, Array] = {}
         for name, parameter in self._parameters.items():
             native = self._native.state.get(parameter, {})

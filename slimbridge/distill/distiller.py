@@ -36,6 +36,7 @@ class Distiller:
             student, teacher: left as they are.
             teacher_digest: digest of the teacher's weights.
             example: inputs of one forward pass.
+
         Raises:
             ModelError: a path does not exist, or shapes do not fit; both shapes are named.
         """
@@ -44,7 +45,9 @@ class Distiller:
         if self.needs_teacher:
             shapes = [_shape(backend.ops, tensors_in(side.output)[0]) for side in (taught, teaching)]
             if shapes[0] != shapes[1]:
-                raise ModelError(f"distill: student's output has shape {shapes[0]}, teacher's {shapes[1]}; must be equal")
+                raise ModelError(
+                    f"distill: student's output has shape {shapes[0]}, teacher's {shapes[1]}; must be equal"
+                )
         terms = tuple(self._term(loss, taught, teaching, backend.ops) for loss in self.stage.losses)
         model = self.stage.teacher.model
         name = model if isinstance(model, str) else model.name
@@ -83,6 +86,7 @@ def terms(
         student: pass in train mode with gradients; logits (N, classes).
         teacher: pass without gradients; None when no term looks at it.
         labels: integers, shape (N,).
+
     Returns:
         "loss" or "loss:student layer" -> scalar.
     """

@@ -13,6 +13,7 @@ def hard_labels(ops: Ops, student: Tensor, labels: Tensor) -> Tensor:
         ops: the backend's operations.
         student: logits, shape (N, classes).
         labels: integers 0..classes-1, shape (N,).
+
     Returns:
         scalar, 0 or more.
     """
@@ -30,6 +31,7 @@ def soft_labels(ops: Ops, student: Tensor, teacher: Tensor, temperature: float =
         ops: the backend's operations.
         student, teacher: logits, shape (N, classes).
         temperature: T, above 0.
+
     Returns:
         scalar, 0 or more.
     """
@@ -47,6 +49,7 @@ def l2_feature(ops: Ops, student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         ops: the backend's operations.
         student, teacher: equal shapes (N, ...).
+
     Returns:
         scalar, 0 or more.
     """

@@ -37,12 +37,17 @@ def along(ids: IdArray, axis: int) -> IdArray | None:
     return np.array(spread(rows[:, 0], (size,)))
 
 
+def first_along(ids: IdArray, axis: int) -> IdArray:
+    """The first entry along an axis, as a view with that axis of length 1."""
+    return ids[tuple(slice(0, 1) if a == axis else slice(None) for a in range(ids.ndim))]
+
+
 def varies(ids: IdArray, axis: int) -> bool:
     """Do the ids change along the axis?"""
     if ids.shape[axis] == 1 or ids.strides[axis] == 0:
         return False
-    first = ids.take([0], axis=axis)
-    return not np.array_equal(thin(ids), spread(thin(first), thin(ids).shape))
+    varying = thin(ids)
+    return not np.array_equal(varying, spread(first_along(varying, axis), varying.shape))
 
 
 def same_shape_axes(ids: IdArray, channel_axis: int, shape: tuple[int, ...]) -> IdArray | None:

@@ -39,8 +39,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KINDS = frozenset(
-    "input constant conv linear batch_norm layer_norm group_norm elementwise binary concat split slice reshape "
-    "transpose expand pad pool resize reduce softmax matmul unknown".split()
+    (
+        *("input", "constant", "unknown"),
+        *("conv", "linear", "batch_norm", "layer_norm", "group_norm"),
+        *("elementwise", "binary", "softmax", "reduce", "matmul"),
+        *("concat", "split", "slice", "reshape", "transpose", "expand", "pad"),
+        *("pool", "resize"),
+    )
 )
 
 

@@ -14,7 +14,7 @@ from math import prod
 
 import numpy as np
 
-from slimbridge.graph.ids import IdArray, Ledger, along, same_shape_axes, spread, thin, varies
+from slimbridge.graph.ids import IdArray, Ledger, along, first_along, same_shape_axes, spread, thin, varies
 from slimbridge.graph.model import Graph, Node
 from slimbridge.graph.reshapes import axis_map
 
@@ -48,12 +48,15 @@ class Walk:
         return self
 
     def shape(self, tensor: int) -> tuple[int, ...]:
+        """Shape of a tensor."""
         return tuple(self.graph.shapes[tensor])
 
     def source(self, node: Node) -> IdArray:
+        """Ids of the node's first input."""
         return self.ids[node.inputs[0]]
 
     def give(self, node: Node, ids: IdArray) -> None:
+        """Set the ids of the node's first output."""
         self.ids[node.outputs[0]] = ids
 
     def give_up(self, node: Node, reason: str) -> None:
@@ -232,7 +235,7 @@ def _reshape(walk: Walk, node: Node) -> None:
             walk.ledger.freeze(ids, f"channels are mixed with other axes by {where(node)}")
         elif len(old) == 1:
             for axis in new[:-1]:
-                walk.ledger.unite(moved.take([0], axis=axis), moved)
+                walk.ledger.unite(first_along(moved, axis), moved)
     walk.give(node, moved)
 
 
@@ -254,7 +257,7 @@ def _pad(walk: Walk, node: Node) -> None:
             return
         if not varies(ids, axis):
             size[axis] += before + after
-            ids = spread(ids.take([0], axis=axis), size)
+            ids = spread(first_along(ids, axis), size)
             continue
         edges = [walk.ledger.opaque((*size[:axis], n, *size[axis + 1 :]), "it meets padding") for n in (before, after)]
         ids = np.concatenate([edges[0], ids, edges[1]], axis=axis)

@@ -51,7 +51,7 @@ class Units:
     producers: tuple[UnitProducer, ...]
 
     def kept(self, removed: Collection[int]) -> dict[str, dict[int, tuple[int, ...]]]:
-        """parameter -> axis -> entries that stay, for the parameters that lose any."""
+        """Parameter -> axis -> entries that stay, for the parameters that lose any."""
         gone = np.fromiter(removed, np.int64, len(removed))
         result: dict[str, dict[int, tuple[int, ...]]] = {}
         for (name, axis), units in sorted(self.touched.items()):

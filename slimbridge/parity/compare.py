@@ -1,4 +1,4 @@
-"""Compares two runs of one plan: what is exact, what is numeric, what is behavioural, each with figure and tolerance."""
+"""Compares two runs of one plan: exact, numeric and behavioural claims, each with figure and tolerance."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def compare(reference: RunFolder, other: RunFolder, replayed: Path | None, why_n
         other: a complete run of the same stages.
         replayed: folder of the reference's replay on the other's backend; None when there is none.
         why_not: then the reason, for the verdicts that cannot be given.
+
     Raises:
         RunError: a run is not complete, the runs have different stages, or the replay is of another run.
     """
@@ -48,9 +49,7 @@ def compare(reference: RunFolder, other: RunFolder, replayed: Path | None, why_n
 class _Stage:
     """The verdicts of one stage."""
 
-    def __init__(
-        self, reference: RunFolder, other: RunFolder, replayed: Path | None, why_not: str, name: str
-    ) -> None:
+    def __init__(self, reference: RunFolder, other: RunFolder, replayed: Path | None, why_not: str, name: str) -> None:
         self.reference, self.other, self.name, self.why_not = reference, other, name, why_not
         self.replayed = replayed / name if replayed is not None else None
         self.decision = reference.decision(name)
@@ -78,7 +77,9 @@ class _Stage:
         if theirs is not None and self.replayed is not None:
             replayed = load_stored(self.replayed / "integers.safetensors")
             integers = float(differing(self.reference.integers(self.name), replayed))
-            steps = float(sum(ours.weights.get(key) != theirs.weights.get(key) for key in {*ours.weights, *theirs.weights}))
+            steps = float(
+                sum(ours.weights.get(key) != theirs.weights.get(key) for key in {*ours.weights, *theirs.weights})
+            )
             activations = _step_difference(ours, theirs)
         yield self._verdict("exact", "int8 weights, from equal weights", "integers", integers)
         yield self._verdict("exact", "grids of the weights, from equal weights", "decision", steps)

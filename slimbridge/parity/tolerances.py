@@ -53,7 +53,9 @@ TOLERANCES: dict[str, Tolerance] = {
     "removal": Tolerance(
         2e-5, RELATIVE, "removing channels equals zeroing them up to the order of summation over fewer channels"
     ),
-    "statistics": Tolerance(1e-6, RELATIVE, "BatchNorm statistics and optimizer slots of one step against NumPy, float32"),
+    "statistics": Tolerance(
+        1e-6, RELATIVE, "BatchNorm statistics and optimizer slots of one step against NumPy, float32"
+    ),
     "statistics_float64": Tolerance(1e-12, RELATIVE, "the same in float64"),
     "fake_quant": Tolerance(0.0, ENTRIES, "division, rounding half to even and product are exact float32 operations"),
 }

@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, (str, int)) and key in seen:
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key '{key}' stands twice")
             seen.add(key if isinstance(key, (str, int)) else id(key_node))
@@ -60,7 +60,9 @@ def load_plan(source: str | Path | Mapping[str, Any] | Plan) -> Plan:
     path = Path(source)
     if not path.is_file():
         known = shipped_plans()
-        raise PlanError([f"no plan '{name}': neither a file nor shipped{nearest(name, known)}; shipped: {listed(known)}"])
+        raise PlanError(
+            [f"no plan '{name}': neither a file nor shipped{nearest(name, known)}; shipped: {listed(known)}"]
+        )
     return make_plan(_parse(_read(path), str(path)), str(path))
 
 
@@ -92,7 +94,7 @@ def _read(path: Path) -> str:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0] or type(error).__name__
         mark = getattr(error, "problem_mark", None)

@@ -80,7 +80,7 @@ class TrainSection(Section):
 
     Attributes:
         epochs: passes over the training data.
-        batch_size: samples a step; the last, smaller batch of an epoch is used too unless it holds one sample.
+        batch_size: most samples a step; an epoch is cut into as few batches as that allows, of nearly equal size.
         learning_rate: of the first step after warm-up.
         schedule: how the learning rate changes, a registered name.
         warmup_epochs: epochs over which the learning rate rises linearly from 0.

@@ -17,6 +17,7 @@ def l1_norm(weight: Array) -> Array:
 
     Args:
         weight: shape (out, in, ...).
+
     Returns:
         float64, shape (out,).
     """
@@ -32,6 +33,7 @@ def l2_norm(weight: Array) -> Array:
 
     Args:
         weight: shape (out, in, ...).
+
     Returns:
         float64, shape (out,).
     """

@@ -27,6 +27,7 @@ class Pruner:
             graph: the traced model.
             weights: canonical name -> array.
             freeze_reshapes: see `slimbridge.graph.find_units`.
+
         Raises:
             ModelError: a pattern matches no layer, a weight is not finite, or no channel of any layer may go.
         """
@@ -41,9 +42,7 @@ class Pruner:
             count = remove_count(group.units.size, self.stage.pruning_ratio)
             chosen = least_important(unit_importance(group, weights, importance), count)
             removed.update(group.units[chosen].tolist())
-            choices.append(
-                GroupChoice(layers=group.layers, channels=group.units.size, removed=tuple(chosen.tolist()))
-            )
+            choices.append(GroupChoice(layers=group.layers, channels=group.units.size, removed=tuple(chosen.tolist())))
         skipped = tuple(self._skipped(units, ignored))
         if not removed:
             raise ModelError(self._nothing(choices, skipped))
@@ -71,8 +70,10 @@ class Pruner:
             backend: the model's backend.
             model: left as it is.
             example: inputs of one forward pass.
+
         Returns:
             the pruned copy and the decision.
+
         Raises:
             ModelError: nothing can be pruned, or the pruned model does not run in either way.
         """

@@ -28,8 +28,10 @@ def unit_importance(group: ChannelGroup, weights: Mapping[str, Array], importanc
         group: the units and the layers that produce them.
         weights: canonical name -> weight.
         importance: the criterion.
+
     Returns:
         shape (units,), in the order of `group.units`.
+
     Raises:
         ModelError: a weight has entries that are not finite.
     """

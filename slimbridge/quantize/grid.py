@@ -25,8 +25,10 @@ def symmetric_step(threshold: Array, bits: int) -> NDArray[np.float32]:
     Args:
         threshold: largest magnitude to represent, real units, shape (channels,) or ().
         bits: word length, 2..16.
+
     Returns:
         Real units per integer, same shape.
+
     Raises:
         ValueError: a threshold is negative or not finite.
     """
@@ -43,15 +45,17 @@ def to_integers(values: Array, grid: QuantParams) -> NDArray[np.int8]:
     Args:
         values: real numbers, any shape; `grid.axis` must exist in it.
         grid: at most 8 bits.
+
     Returns:
         int8, same shape.
     """
     scaled = np.asarray(values, np.float32) / step_array(grid, values.ndim)
-    return np.clip(np.rint(scaled) + grid.zero_point, grid.low, grid.high).astype(np.int8)
+    clipped = np.clip(np.rint(scaled) + grid.zero_point, grid.low, grid.high)
+    return np.asarray(clipped, dtype=np.int8)
 
 
 def to_reals(integers: NDArray[np.int8], grid: QuantParams) -> NDArray[np.float32]:
-    """step * (integers - zero_point) in float32, the inverse of `to_integers` on the grid."""
+    """Step * (integers - zero_point) in float32, the inverse of `to_integers` on the grid."""
     return np.asarray((integers.astype(np.float32) - grid.zero_point) * step_array(grid, integers.ndim))
 
 

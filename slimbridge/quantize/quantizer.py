@@ -80,6 +80,7 @@ class Quantizer:
             layers: all layers of the model, in order.
             weights: canonical name -> array.
             thresholds: layer path -> largest magnitude of its input, real units, as `observe` gives it.
+
         Raises:
             ModelError: nothing to quantize, or a weight is not finite.
         """

@@ -42,7 +42,12 @@ from slimbridge.report.table import count as human_count
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _PATTERNS = ("", "/", "x", "-", "|", ".")
-_HEADLINE_TONES = {True: "good", False: "bad", None: "open"}
+_RATIOS = (
+    ("Parameters", "parameters", ""),
+    ("MACs", "macs", ""),
+    ("File size", "size_bytes", ""),
+    ("Latency", "latency", "To the same backend's own baseline. A simulated number format has no ratio."),
+)
 
 
 @dataclass(frozen=True)
@@ -119,19 +124,25 @@ def render_html(comparison: Comparison) -> str:
     runs = comparison.runs
     if not runs:
         raise RunError("a report needs at least one run, found none")
-    return _environment().get_template("report.html.j2").render(
-        plan=plain(runs[0].plan),
-        metric=plain(runs[0].metric_name),
-        tone=_tone(comparison),
-        headline=_headline(comparison),
-        cards=_cards(runs),
-        plots=_plots(runs),
-        verdicts=[(verdict, verdict_word(verdict)) for verdict in comparison.verdicts],
-        has_before=any(stage.metric_before_training is not None for run in runs for stage in run.stages),
-        latency_lines=latency_lines(runs),
-        latency_rule=LATENCY_RULE,
-        notes=note_lines(runs),
-        plotly=Markup(get_plotlyjs()),
+    plots = _plots(runs)
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            plan=plain(runs[0].plan),
+            metric=plain(runs[0].metric_name),
+            tone=_tone(comparison),
+            headline=_headline(comparison),
+            cards=_cards(runs),
+            plots=plots,
+            plot_specs=[{"data": plot.data, "layout": plot.layout} for plot in plots],
+            verdicts=[(verdict, verdict_word(verdict)) for verdict in comparison.verdicts],
+            has_before=any(stage.metric_before_training is not None for run in runs for stage in run.stages),
+            latency_lines=latency_lines(runs),
+            latency_rule=LATENCY_RULE,
+            notes=note_lines(runs),
+            plotly=Markup(get_plotlyjs()),
+        )
     )
 
 
@@ -147,6 +158,8 @@ def _environment() -> Environment:
 
 
 def _tone(comparison: Comparison) -> str:
+    if not comparison.verdicts:
+        return "alone"
     if any(verdict.passed is False for verdict in comparison.verdicts):
         return "bad"
     return "good" if comparison.passed else "open"
@@ -230,7 +243,7 @@ def _metric_plot(runs: Sequence[RunReport], stages: Sequence[str]) -> Plot:
         hovers = [f"{label}, {plain(stage.name)}: {percent(stage.metric)} %" for stage in run.stages]
         positions = [stages.index(stage.name) for stage in run.stages]
         traces.append(_line(series, positions, values, hovers))
-    title = _label(f"{runs[0].metric_name} after each stage, %").capitalize()
+    title = f"{_sentence(runs[0].metric_name)} after each stage, %"
     vertical: dict[str, Any] = {"range": _span([y for trace in traces for y in trace["y"]])}
     layout = {"height": 320, "xaxis": {**_ticks(stages), "range": [-0.4, len(stages) - 0.6]}, "yaxis": vertical}
     return Plot(title, "The axis does not start at 0.", tuple(traces), layout, wide=True)
@@ -270,9 +283,9 @@ def _recovery_plot(runs: Sequence[RunReport], stages: Sequence[str]) -> list[Plo
         "xaxis": {"range": [-4, 104], "ticksuffix": " %"},
         "yaxis": {**_ticks(shown), "range": [len(shown) - 0.5, -0.5]},
     }
-    metric = _label(runs[0].metric_name)
     caption = "Hollow: right after the stage's change. Filled: after its training."
-    return [Plot(f"What training recovered, {metric}", caption, tuple(traces), layout, wide=True)]
+    title = f"{_sentence(runs[0].metric_name)} before and after training, %"
+    return [Plot(title, caption, tuple(traces), layout, wide=True)]
 
 
 def _recovered(stage: StageRecord) -> bool:
@@ -281,12 +294,11 @@ def _recovered(stage: StageRecord) -> bool:
 
 def _ratio_plots(runs: Sequence[RunReport], stages: Sequence[str]) -> list[Plot]:
     plots = []
-    for title, attribute in (("Parameters", "parameters"), ("MACs", "macs"), ("File size", "size_bytes")):
-        bars = [_bars(series, run, stages, attribute) for series, run in enumerate(runs)]
-        plots.append(_ratio_plot(title, "", bars, stages))
-    bars = [_bars(series, run, stages, "latency") for series, run in enumerate(runs)]
-    caption = "To the same backend's own baseline. Simulated formats have no ratio."
-    return [*plots, _ratio_plot("Latency", caption, bars, stages)]
+    for title, attribute, caption in _RATIOS:
+        named = enumerate(zip(labels(runs), runs, strict=True))
+        bars = [_bars(series, label, run, stages, attribute) for series, (label, run) in named]
+        plots.append(_ratio_plot(title, caption, bars, stages))
+    return plots
 
 
 def _ratio_plot(title: str, caption: str, bars: Sequence[dict[str, Any]], stages: Sequence[str]) -> Plot:
@@ -301,14 +313,14 @@ def _ratio_plot(title: str, caption: str, bars: Sequence[dict[str, Any]], stages
     return Plot(f"{title}, share of the baseline", caption, tuple(bars), layout)
 
 
-def _bars(series: int, run: RunReport, stages: Sequence[str], attribute: str) -> dict[str, Any]:
+def _bars(series: int, label: str, run: RunReport, stages: Sequence[str], attribute: str) -> dict[str, Any]:
     base = baseline(run)
     shares: list[float | None] = []
     for stage in run.stages:
-        if attribute == "latency":
+        if attribute == "latency" or base is None:
             shares.append(latency_ratio(stage, base))
         else:
-            shares.append(base and ratio(getattr(stage, attribute), getattr(base, attribute)))
+            shares.append(ratio(getattr(stage, attribute), getattr(base, attribute)))
     hidden = attribute == "latency"
     texts = [
         times(share) or ("simulated" if hidden and simulated(stage) else "no ratio")
@@ -323,7 +335,7 @@ def _bars(series: int, run: RunReport, stages: Sequence[str], attribute: str) ->
         "textposition": "outside",
         "cliponaxis": False,
         "hoverinfo": "text",
-        "hovertext": [f"{plain(s.name)}: {text}" for s, text in zip(run.stages, texts, strict=True)],
+        "hovertext": [_label(f"{label}, {stage.name}: {text}") for stage, text in zip(run.stages, texts, strict=True)],
         "marker": {"pattern": {"shape": _PATTERNS[series % len(_PATTERNS)], "fillmode": "overlay", "size": 6}},
         "meta": {"series": series},
     }
@@ -341,23 +353,23 @@ def _loss_plot(runs: Sequence[RunReport], name: str) -> list[Plot]:
     if not traces:
         return []
     steps = {"dtick": 1} if max(len(trace["x"]) for trace in traces) <= 12 else {"tickformat": "d"}
-    layout = {"height": 240, "xaxis": {**steps, "title": {"text": "epoch"}}, "yaxis": {}}
+    layout = {"height": 240, "xaxis": {**steps, "title": {"text": "epoch"}}, "yaxis": {"rangemode": "tozero"}}
     return [Plot(f"Training loss, {plain(name)}", "", tuple(traces), layout)]
 
 
 def _epoch_hover(label: str, record: EpochRecord) -> str:
-    terms = "<br>".join(f"{_label(name)}: {value:.4g}" for name, value in record.terms.items())
-    return f"{_label(label)}, epoch {record.epoch}: {sum(record.terms.values()):.4g}<br>{terms}"
+    terms = "".join(f"\n{plain(name)}: {value:.4g}" for name, value in record.terms.items())
+    return f"{label}, epoch {record.epoch}: {sum(record.terms.values()):.4g}{terms}"
 
 
 def _line(series: int, x: Sequence[float], y: Sequence[float | None], hovers: Sequence[str]) -> dict[str, Any]:
-    """Later series are dashed and smaller, so that equal curves show both."""
+    """Later series are dashed and smaller, so that equal curves show both; `hovers` are lines of plain text."""
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "x": list(x),
         "y": list(y),
-        "hovertext": list(hovers),
+        "hovertext": [escape(hover).replace("\n", "<br>") for hover in hovers],
         "hoverinfo": "text",
         "cliponaxis": False,
         "line": {"width": 3.5 if series == 0 else 2, "dash": _DASHES[series % len(_DASHES)]},
@@ -368,12 +380,18 @@ def _line(series: int, x: Sequence[float], y: Sequence[float | None], hovers: Se
 
 def _ticks(names: Sequence[str]) -> dict[str, Any]:
     """Named positions 0, 1, ...; a category axis would guess dates and numbers from the names."""
-    return {"tickvals": list(range(len(names))), "ticktext": [_label(name) for name in names]}
+    texts = [_label(name) for name in names]
+    return {"tickvals": list(range(len(names))), "ticktext": texts, "autotickangles": [0, -35]}
 
 
 def _label(text: str) -> str:
     """For text inside a plot, where plotly reads a few HTML tags."""
     return escape(plain(text))
+
+
+def _sentence(text: str) -> str:
+    """With a capital, the rest as it was."""
+    return plain(text[:1].upper() + text[1:])
 
 
 def _finite(value: float) -> float | None:

@@ -77,7 +77,7 @@ def figure(value: float | None) -> str:
 
 
 def ratio(value: float, base: float) -> float | None:
-    """value / base; None where that says nothing (base 0, or not finite)."""
+    """Value / base; None where that says nothing (base 0, or not finite)."""
     return value / base if base > 0 and isfinite(value / base) else None
 
 
@@ -157,7 +157,7 @@ def _stage_row(stage: StageRecord, base: StageRecord | None) -> StageRow:
         size=size(stage.size_bytes),
         size_ratio=share(stage.size_bytes, other.size_bytes if other else None),
         latency=milliseconds(stage.latency.median_ms),
-        spread=milliseconds(stage.latency.spread_ms),
+        spread=f"{stage.latency.spread_ms:.2g}",
         latency_ratio="simulated" if simulated(stage) else times(latency_ratio(stage, other)),
         seconds=duration(stage.seconds),
     )
@@ -197,7 +197,7 @@ def note_lines(runs: Sequence[RunReport]) -> tuple[str, ...]:
 
 
 def verdict_word(verdict: Verdict) -> str:
-    """"equal", "within" (the tolerance), "differs" or "not compared"."""
+    """The verdict as a word: "equal", "within" (the tolerance), "differs" or "not compared"."""
     if verdict.passed is None:
         return "not compared"
     if not verdict.passed:

@@ -23,6 +23,7 @@ def load_data(name: str, **options: Any) -> Data:
     Args:
         name: a key of `DATA_SETS`.
         options: the loader's own options.
+
     Raises:
         DataError: an unknown name or option, or a value that the loader does not allow.
     """

@@ -84,13 +84,17 @@ class Data:
 def batches(
     source: Split | Iterable[Any], batch_size: int = 64, order: NDArray[np.integer[Any]] | None = None
 ) -> Iterator[Batch]:
-    """One pass over the data as (tuple of input arrays, target array); the last batch may be smaller.
+    """One pass over the data as (tuple of input arrays, target array).
+
+    A `Split` of n samples gives ceil(n / batch_size) batches whose sizes differ by at most one: a last batch of
+    two or three samples would ruin the statistics of batch normalisation, and dropping it would lose samples.
 
     Args:
         source: a `Split`, or a re-iterable of (inputs, targets) batches of NumPy arrays or framework tensors;
             its inputs may be one array or a tuple.
-        batch_size: samples a batch, for a `Split`; other sources have their own.
+        batch_size: most samples of a batch, for a `Split`; other sources have their own.
         order: indices into a `Split`, in the order wanted; None takes all as they lie.
+
     Raises:
         DataError: a one-shot iterator, no sample, a batch that is not a pair of equal lengths, values that are not
             finite, or an order that does not fit.
@@ -126,8 +130,7 @@ def to_numpy(value: object) -> Array:
 
 def _sliced(split: Split, size: int, order: NDArray[np.int64]) -> Iterator[Batch]:
     inputs = _as_tuple(split.inputs)
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
+    for rows in np.array_split(order, -(-len(order) // size)):
         yield tuple(array[rows] for array in inputs), split.targets[rows]
 
 

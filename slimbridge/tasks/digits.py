@@ -25,6 +25,7 @@ def load(channels: int = 3, image_size: int = SIDE) -> Data:
         channels: 1, or 3 for the grey value three times.
         image_size: side in pixels, at least 8; larger images are interpolated bilinearly (pixel centres at halves,
             borders repeated).
+
     Raises:
         DataError: channels or image_size is not allowed.
     """

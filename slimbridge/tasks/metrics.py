@@ -20,8 +20,10 @@ def accuracy(outputs: NDArray[Any], targets: NDArray[Any]) -> float:
     Args:
         outputs: (N, K) scores, K the number of classes.
         targets: (N,) integers 0..K-1.
+
     Returns:
         0..1.
+
     Raises:
         DataError: shapes that do not fit, no sample, NaN in the outputs, or a class outside 0..K-1.
     """

@@ -16,6 +16,7 @@ def generator(seed: int, *stream: int | str) -> np.random.Generator:
     Args:
         seed: any integer.
         stream: what the numbers are for, e.g. ("order", 3); 1 and "1" are different streams.
+
     Raises:
         SlimbridgeError: an argument is neither an integer nor (in `stream`) a string.
     """
@@ -31,6 +32,7 @@ def epoch_order(n: int, seed: int, *stream: int | str) -> NDArray[np.int64]:
         n: number of samples, at least 1.
         seed: the run's seed.
         stream: what the order is for, usually the stage's name and the epoch.
+
     Raises:
         SlimbridgeError: n is below 1, or an argument has a wrong type.
     """

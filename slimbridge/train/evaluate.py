@@ -32,6 +32,7 @@ def evaluate(
         source: the data.
         metric: from all outputs and all targets, concatenated, to a number.
         progress: who is told.
+
     Raises:
         SlimbridgeError: the metric is not a finite number.
     """

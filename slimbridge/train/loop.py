@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class Training:
     """
 
     settings: TrainSection
-    source: Split | Sequence[object]
+    source: Split | Iterable[Any]
     objective: Objective
     seed: int
     stream: str
@@ -57,8 +58,10 @@ def train(backend: Backend, model: Model, training: Training) -> tuple[Model, tu
         backend: the model's backend.
         model: trained in place.
         training: see `Training`.
+
     Returns:
         the model, and a record of each epoch.
+
     Raises:
         ModelError: the loss is not finite.
         RunError: the checkpoint cannot be written or read.
@@ -101,7 +104,7 @@ def optimizer_settings(settings: TrainSection) -> OptimizerSettings:
 
 def derived_seed(seed: int, *stream: int | str) -> int:
     """A seed 0..2**31-1 that depends on the arguments only."""
-    return int(generator(seed, *stream).bit_generator.random_raw()) & 0x7FFFFFFF  # type: ignore[attr-defined]
+    return int(generator(seed, *stream).bit_generator.random_raw()) & 0x7FFFFFFF
 
 
 def _epoch(training: Training, epoch: int) -> Iterator[Batch]:

@@ -98,6 +98,7 @@ def build(
         in_channels: input channels, at least 1; None takes the model's default.
         seed: of the initial weights: equal seeds give bit-equal weights on every backend.
         options: the model's own, see `Entry.options`.
+
     Raises:
         ModelError: an unknown name or option, or a value that is not allowed.
         BackendError: the backend is unknown or not installed.

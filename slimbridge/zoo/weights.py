@@ -26,6 +26,7 @@ def initial_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[st
     Args:
         shapes: canonical parameter or buffer name -> canonical shape.
         seed: of the whole model.
+
     Raises:
         ModelError: a name whose role no rule above knows.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
@@ -76,10 +77,19 @@ def test_batches_of_a_split_cover_it_once_in_order() -> None:
     source = split(10)
     order = epoch_order(10, 0)
     found = list(batches(source, 4, order))
-    assert [len(targets) for _, targets in found] == [4, 4, 2]
+    assert [len(targets) for _, targets in found] == [4, 3, 3]
     assert np.array_equal(np.concatenate([inputs[0] for inputs, _ in found]), source.inputs[order])
     assert np.array_equal(np.concatenate([targets for _, targets in found]), source.targets[order])
     assert np.array_equal(next(batches(source, 10))[1], source.targets)
+
+
+@pytest.mark.parametrize(("n", "size"), [(1347, 64), (65, 64), (64, 64), (5, 64), (7, 1)])
+def test_batches_are_as_equal_as_they_can_be(n: int, size: int) -> None:
+    sizes = [len(targets) for _, targets in batches(split(n), size)]
+    assert len(sizes) == math.ceil(n / size)
+    assert max(sizes) <= size
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == n
 
 
 def test_a_split_may_have_several_inputs() -> None:

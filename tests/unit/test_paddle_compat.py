@@ -1,0 +1,200 @@
+"""Each workaround of the Paddle backend: that it works, and that Paddle still needs it.
+
+A test named `..._is_still_needed` fails when a release of Paddle makes its workaround superfluous.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+paddle = pytest.importorskip("paddle", reason="PaddlePaddle is an optional extra")
+
+from slimbridge.errors import BackendError  # noqa: E402
+from slimbridge_paddle import _compat, capture  # noqa: E402
+
+nn = paddle.nn
+
+
+def imported(module: str, tmp_path: Path) -> str:
+    """What a fresh process prints when it imports a module where no ccache is to be found."""
+    environment = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("PYTHONWARNINGS", None)
+    command = [sys.executable, "-W", "always::UserWarning", "-c", f"import {module}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def test_the_quiet_import_is_still_needed(tmp_path: Path) -> None:
+    assert "ccache" in imported("paddle", tmp_path)
+
+
+def test_the_import_is_quiet(tmp_path: Path) -> None:
+    printed = imported("slimbridge_paddle", tmp_path)
+    assert "ccache" not in printed
+    assert "Warning" not in printed
+
+
+def test_the_fast_path_is_for_amd_only_and_never_overrides(monkeypatch: Any, tmp_path: Path) -> None:
+    for vendor, expected in (("AuthenticAMD", True), ("GenuineIntel", False)):
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id : {vendor}\n")
+        assert _compat.is_amd(tmp_path / "cpuinfo") is expected
+    assert not _compat.is_amd(tmp_path / "absent")
+    for name in ("MKL_DEBUG_CPU_TYPE", "GLOG_minloglevel"):
+        monkeypatch.delenv(name, raising=False)
+    _compat.prepare_environment(amd=False)
+    assert "MKL_DEBUG_CPU_TYPE" not in os.environ and os.environ["GLOG_minloglevel"] == "2"  # noqa: SIM112
+    _compat.prepare_environment(amd=True)
+    assert os.environ["MKL_DEBUG_CPU_TYPE"] == "5"
+    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")
+    _compat.prepare_environment(amd=True)
+    assert os.environ["MKL_DEBUG_CPU_TYPE"] == "4"
+
+
+def test_other_releases_are_refused(monkeypatch: Any) -> None:
+    _compat.check_version()
+    monkeypatch.setattr(paddle, "__version__", "3.4.0")
+    with pytest.raises(BackendError, match=r"PaddlePaddle 3.4.0 is installed; the paddle backend needs 3.3.x"):
+        _compat.check_version()
+
+
+def magnitudes(dtype: str) -> Any:
+    """Halves, their neighbours and whole numbers over all exponents, both signs, enough for vectorised kernels."""
+    halves = np.concatenate([np.arange(0, 200) + 0.5, 2.0 ** np.arange(-60, 60), 2.0 ** np.arange(1, 60) + 0.5])
+    values = halves.astype(dtype)
+    near = [values, np.nextafter(values, np.inf, dtype=dtype), np.nextafter(values, -np.inf, dtype=dtype)]
+    return np.concatenate([*near, *(-part for part in near), np.array([0.0, 1e30], dtype)]).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rounding_is_half_to_even(dtype: str) -> None:
+    x = magnitudes(dtype)
+    assert np.array_equal(_compat.round_half_even(paddle.to_tensor(x)).numpy(), np.round(x))
+    assert np.array_equal(_compat.half_even_from_floor(paddle.to_tensor(x)).numpy(), np.round(x))
+
+
+def test_avoiding_equality_is_still_needed() -> None:
+    assert bool((paddle.to_tensor(np.array(0.5)) == np.nextafter(0.5, 1)).numpy())
+
+
+def updated(optimizer: Any, param: Any) -> Any:
+    """The parameter after three steps on the gradient 3 p**2 with lr 0.1."""
+    for _ in range(3):
+        (param * param * param).sum().backward()
+        optimizer.step()
+        optimizer.clear_grad()
+    return param.numpy()
+
+
+def start() -> Any:
+    return paddle.create_parameter([3], "float64", default_initializer=nn.initializer.Assign(np.array([0.1, 0.5, 1.0])))
+
+
+def momentum_by_hand() -> Any:
+    w, v = np.array([0.1, 0.5, 1.0]), np.zeros(3)
+    for _ in range(3):
+        g = 3 * w * w + 0.03 * w
+        v = 0.9 * v + g
+        w = w - 0.1 * v
+    return w
+
+
+def adamw_by_hand() -> Any:
+    w, m, v = np.array([0.1, 0.5, 1.0]), np.zeros(3), np.zeros(3)
+    for t in range(1, 4):
+        g = 3 * w * w
+        w = w * (1 - 0.1 * 0.03)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        w = w - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    return w
+
+
+@pytest.mark.parametrize(
+    ("ours", "native", "options", "expected"),
+    [
+        (_compat.Momentum, paddle.optimizer.Momentum, {"momentum": 0.9}, momentum_by_hand()),
+        (_compat.AdamW, paddle.optimizer.AdamW, {}, adamw_by_hand()),
+    ],
+    ids=["momentum", "adamw"],
+)
+def test_exact_float64_optimizers_are_right_and_still_needed(
+    ours: Any, native: Any, options: Any, expected: Any
+) -> None:
+    errors = []
+    for kind in (ours, native):
+        param = start()
+        optimizer = kind(0.1, parameters=[param], weight_decay=0.03, **options)
+        errors.append(np.abs(updated(optimizer, param) - expected).max())
+    assert errors[0] < 1e-15
+    assert errors[1] > 1e-11
+
+
+def test_corrected_statistics_are_right_and_still_needed() -> None:
+    x = np.random.default_rng(0).normal(size=(4, 2, 3, 3))
+    layer = nn.BatchNorm2D(2).to(dtype="float64")
+    old_mean, old_variance = layer._mean.clone(), layer._variance.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer(paddle.to_tensor(x))
+    share = _compat.float32_attribute(0.9)
+    biased, unbiased = x.var((0, 2, 3)), x.var((0, 2, 3), ddof=1)
+    np.testing.assert_allclose(layer._variance.numpy(), share + (1 - share) * biased, rtol=1e-14)  # what Paddle does
+    fixed = _compat.corrected_statistic(old_variance, layer._variance, 0.9, 36 / 35)
+    np.testing.assert_allclose(fixed.numpy(), 0.9 + 0.1 * unbiased, rtol=1e-14)
+    fixed = _compat.corrected_statistic(old_mean, layer._mean, 0.9)
+    np.testing.assert_allclose(fixed.numpy(), 0.1 * x.mean((0, 2, 3)), rtol=1e-13)
+
+
+def test_quiet_training_is_still_needed() -> None:
+    layer, x = nn.BatchNorm1D(2), paddle.ones([3, 2])
+    with pytest.warns(UserWarning, match="When training, we now always track"):
+        layer(x)
+    with warnings.catch_warnings(record=True) as caught, _compat.quiet_training():
+        layer(x)
+    assert not caught
+
+
+class Keeps(nn.Layer):
+    """Stores what it computed."""
+
+    def forward(self, x: Any) -> Any:
+        """Twice the input."""
+        self.last = x * 2
+        return self.last
+
+
+def test_restoring_attributes_is_still_needed() -> None:
+    model = Keeps()
+    program = capture._direct(model, [([2], "float32")])
+    assert isinstance(model.last, paddle.pir.Value) and len(program.outputs) == 1
+    model = Keeps()
+    capture.capture(model, [np.zeros(2, np.float32)])
+    assert not hasattr(model, "last")
+
+
+def test_checking_names_is_still_needed() -> None:
+    model = nn.Linear(2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        missing, unexpected = model.set_state_dict({"wieght": model.weight})  # no error
+    assert missing == ["weight", "bias"] and unexpected == ["wieght"]
+
+
+def test_checking_optimizer_shapes_is_still_needed() -> None:
+    layer = nn.Linear(3, 2, bias_attr=False)
+    optimizer = paddle.optimizer.Momentum(0.1, 0.9, [layer.weight])
+    layer(paddle.ones([1, 3])).sum().backward()
+    optimizer.step()
+    optimizer.clear_grad(set_to_zero=False)
+    layer.weight.value().get_tensor().set(np.ones((3, 1), np.float32), paddle.CPUPlace())
+    layer(paddle.ones([1, 3])).sum().backward()
+    before = optimizer._accumulators["velocity"][layer.weight.name].shape
+    optimizer.step()  # no error
+    assert (before, layer.weight.shape) == ([3, 2], [3, 1])

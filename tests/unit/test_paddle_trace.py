@@ -1,0 +1,265 @@
+"""The Paddle tracer: each topology gives the nodes that the neutral vocabulary has for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+paddle = pytest.importorskip("paddle", reason="PaddlePaddle is an optional extra")
+
+import slimbridge_paddle  # noqa: E402
+from slimbridge.errors import ModelError  # noqa: E402
+from slimbridge.graph import Graph  # noqa: E402
+
+nn = paddle.nn
+F = paddle.nn.functional
+IMAGE = np.zeros((2, 4, 6, 6), np.float32)
+
+
+@pytest.fixture(scope="module")
+def backend() -> Any:
+    return slimbridge_paddle.create()
+
+
+def net(forward: Any, **layers: Any) -> Any:
+    """A model with the given layers and forward(model, *inputs)."""
+
+    class Net(nn.Layer):
+        def forward(self, *inputs: Any) -> Any:
+            return forward(self, *inputs)
+
+    model = Net()
+    for name, layer in layers.items():
+        setattr(model, name, layer)
+    return model
+
+
+def kinds(graph: Graph) -> list[str]:
+    return [node.kind for node in graph.nodes]
+
+
+def of(graph: Graph, kind: str) -> Any:
+    """The only node of a kind."""
+    (node,) = [node for node in graph.nodes if node.kind == kind]
+    return node
+
+
+def test_residual(backend: Any) -> None:
+    model = net(lambda m, x: F.relu(m.bn(m.conv(x)) + x), conv=nn.Conv2D(4, 4, 3, padding=1), bn=nn.BatchNorm2D(4))
+    graph = backend.trace(model, [IMAGE])
+    assert kinds(graph) == ["input", "conv", "batch_norm", "binary", "elementwise"]
+    conv, norm, add = graph.nodes[1:4]
+    assert dict(conv.params) == {"weight": "conv.weight", "bias": "conv.bias"}
+    assert dict(conv.attrs) == {
+        "groups": 1, "transposed": False, "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1),
+    }  # fmt: skip
+    assert dict(norm.params) == {role: f"bn.{role}" for role in ("weight", "bias", "running_mean", "running_var")}
+    assert (conv.name, norm.name, add.name) == ("conv", "bn", "")
+    assert add.inputs == (norm.outputs[0], graph.inputs[0])
+    assert graph.shapes[graph.outputs[0]] == (2, 4, 6, 6)
+
+
+def test_parameters_are_those_of_read(backend: Any) -> None:
+    model = net(lambda m, x: m.fc(x.mean([2, 3])), fc=nn.Linear(4, 3), unused=nn.BatchNorm2D(5))
+    expected = {name: array.shape for name, array in backend.read(model).items()}
+    assert dict(backend.trace(model, [IMAGE]).parameters) == expected
+    assert expected["fc.weight"] == (3, 4)
+
+
+def test_concat(backend: Any) -> None:
+    model = net(lambda m, x: paddle.concat([m.a(x), m.b(x)], axis=1), a=nn.Conv2D(4, 2, 1), b=nn.Conv2D(4, 3, 1))
+    node = of(backend.trace(model, [IMAGE]), "concat")
+    assert node.attrs["axis"] == 1 and len(node.inputs) == 2
+
+
+@pytest.mark.parametrize(("groups", "outputs"), [(4, 4), (4, 8), (2, 6)])
+def test_depthwise_and_grouped(backend: Any, groups: int, outputs: int) -> None:
+    model = net(lambda m, x: m.conv(x), conv=nn.Conv2D(4, outputs, 3, stride=2, groups=groups, bias_attr=False))
+    node = of(backend.trace(model, [IMAGE]), "conv")
+    assert (node.attrs["groups"], node.attrs["stride"]) == (groups, (2, 2))
+    assert dict(node.params) == {"weight": "conv.weight"}
+
+
+def test_shuffle(backend: Any) -> None:
+    def forward(m: Any, x: Any) -> Any:
+        return x.reshape([2, 2, 2, 6, 6]).transpose([0, 2, 1, 3, 4]).reshape([2, 4, 6, 6])
+
+    graph = backend.trace(net(forward), [IMAGE])
+    assert kinds(graph) == ["input", "reshape", "transpose", "reshape"]
+    assert graph.nodes[2].attrs["perm"] == (0, 2, 1, 3, 4)
+    assert kinds(backend.trace(net(lambda m, x: F.channel_shuffle(x, 2)), [IMAGE])) == kinds(graph)
+
+
+def test_shared_layer_and_tied_weight(backend: Any) -> None:
+    shared = nn.Conv2D(4, 4, 1)
+    other = nn.Conv2D(4, 4, 1, bias_attr=False)
+    other.weight = shared.weight
+    model = net(lambda m, x: m.c(m.b(m.a(x))), a=shared, b=shared, c=other)
+    graph = backend.trace(model, [IMAGE])
+    assert [node.params["weight"] for node in graph.layer_nodes()] == ["a.weight"] * 3
+    assert [node.name for node in graph.layer_nodes()] == ["a", "a", "c"]
+    assert set(graph.parameters) == {"a.weight", "a.bias"}
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 3, 4)])
+def test_linear_takes_its_bias(backend: Any, shape: tuple[int, ...]) -> None:
+    model = net(lambda m, x: m.fc(x), fc=nn.Linear(4, 3))
+    graph = backend.trace(model, [np.zeros(shape, np.float32)])
+    assert kinds(graph) == ["input", "linear"]
+    assert dict(graph.nodes[1].params) == {"weight": "fc.weight", "bias": "fc.bias"}
+    assert graph.shapes[graph.outputs[0]] == (*shape[:-1], 3)
+
+
+def test_bias_stays_apart_when_the_sum_is_not_the_only_reader(backend: Any) -> None:
+    def forward(m: Any, x: Any) -> Any:
+        y = paddle.matmul(x, m.fc.weight)
+        return y + m.fc.bias, y
+
+    graph = backend.trace(net(forward, fc=nn.Linear(4, 3)), [np.zeros((2, 4), np.float32)])
+    assert kinds(graph) == ["input", "linear", "constant", "binary"]
+    assert "bias" not in graph.nodes[1].params
+
+
+def test_attention(backend: Any) -> None:
+    model = net(lambda m, x: m.attention(x), attention=nn.MultiHeadAttention(4, 2))
+    graph = backend.trace(model, [np.zeros((2, 3, 4), np.float32)])
+    assert kinds(graph).count("linear") == 4 and kinds(graph).count("matmul") == 2
+    assert not graph.unknown_ops()
+    assert graph.layer_nodes()[0].name == "attention.q_proj"
+
+
+def test_split_slice_pad_pool_resize_expand(backend: Any) -> None:
+    def forward(m: Any, x: Any) -> Any:
+        a, b = paddle.split(x, [1, 3], axis=1)
+        b = F.interpolate(F.pad(F.max_pool2d(b, 2), [1, 0, 2, 0]), scale_factor=2)[:, 0:3:2]
+        return b, a.expand([2, 5, 6, 6]), F.softmax(x.sum([2, 3], keepdim=True), axis=1)
+
+    graph = backend.trace(net(forward), [IMAGE])
+    assert not graph.unknown_ops()
+    assert of(graph, "split").attrs == {"axis": 1, "sizes": (1, 3)}
+    assert of(graph, "slice").attrs == {"axis": 1, "start": 0, "stop": 3, "step": 2}
+    assert of(graph, "pad").attrs["pads"][-2:] == ((2, 0), (1, 0))
+    assert of(graph, "pool").attrs["op"] == "max"
+    assert of(graph, "reduce").attrs == {"op": "sum", "axes": (2, 3), "keepdims": True}
+    assert of(graph, "softmax").attrs["axis"] == 1
+    assert [graph.shapes[output] for output in graph.outputs] == [(2, 2, 10, 8), (2, 5, 6, 6), (2, 4, 1, 1)]
+
+
+def test_normalisations(backend: Any) -> None:
+    model = net(lambda m, x: m.layer(m.group(x)), group=nn.GroupNorm(2, 4), layer=nn.LayerNorm([6, 6]))
+    graph = backend.trace(model, [IMAGE])
+    assert kinds(graph) == ["input", "group_norm", "layer_norm"]
+    assert graph.nodes[1].attrs["groups"] == 2 and graph.nodes[2].attrs["axes"] == (2, 3)
+
+
+def test_parameters_outside_layers_are_constants(backend: Any) -> None:
+    model = net(lambda m, x: x * m.scale + m.shift)
+    model.scale = model.create_parameter([4, 1, 1])
+    model.register_buffer("shift", paddle.ones([4, 1, 1]))
+    graph = backend.trace(model, [IMAGE])
+    assert kinds(graph) == ["input", "constant", "binary", "constant", "binary"]
+    assert [dict(node.params) for node in graph.nodes if node.kind == "constant"] == [
+        {"value": "scale"}, {"value": "shift"},
+    ]  # fmt: skip
+
+
+def test_unknown_operations_list_all_they_touch(backend: Any) -> None:
+    def forward(m: Any, x: Any) -> Any:
+        return m.up(x) + paddle.cumsum(x, axis=1)[:, :1]
+
+    graph = backend.trace(net(forward, up=nn.Conv2DTranspose(4, 1, 1)), [IMAGE])
+    assert graph.unknown_ops() == ("conv2d_transpose in 'up'", "cumsum in ''")
+    first = next(node for node in graph.nodes if node.kind == "unknown")
+    assert graph.inputs[0] in first.inputs and len(first.inputs) == 2  # the input and the weight
+
+
+def test_channels_last_is_unknown(backend: Any) -> None:
+    model = net(lambda m, x: m.conv(x), conv=nn.Conv2D(6, 2, 1, data_format="NHWC"))
+    assert backend.trace(model, [IMAGE]).unknown_ops() == ("conv2d in 'conv'",)
+
+
+def test_control_flow_freezes_what_it_captures(backend: Any) -> None:
+    def forward(m: Any, x: Any) -> Any:
+        y = m.conv(x)
+        return paddle.static.nn.cond(x.mean() > 0, lambda: y * 2, lambda: y + 1)
+
+    graph = backend.trace(net(forward, conv=nn.Conv2D(4, 2, 1)), [IMAGE])
+    conv, branch = of(graph, "conv"), of(graph, "unknown")
+    assert branch.attrs["op"] == "if" and conv.outputs[0] in branch.inputs
+
+
+class Branching(nn.Layer):
+    """Python that depends on data: only the translation of the source can capture it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2D(4, 2, 1)
+
+    def forward(self, x: Any) -> Any:
+        y = self.conv(x)
+        if y.mean() > 0:
+            y = y * 2
+        return y
+
+
+def test_data_dependent_python_falls_back(backend: Any) -> None:
+    graph = backend.trace(Branching(), [IMAGE])
+    assert of(graph, "conv").outputs[0] in of(graph, "unknown").inputs
+    assert of(graph, "conv").name == "conv"
+    assert paddle.in_dynamic_mode()
+
+
+def test_the_model_is_left_as_it_was(backend: Any) -> None:
+    def forward(m: Any, x: Any) -> Any:
+        m.last = m.conv(x)
+        m.seen.append(m.last)
+        return F.dropout(m.last, 0.5, training=m.training)
+
+    model = net(forward, conv=nn.Conv2D(4, 2, 1))
+    model.seen, model.last = [], None
+    model.train()
+    model.conv.eval()
+    before = backend.read(model)
+    backend.trace(model, [IMAGE])
+    assert model.last is None and model.seen == []
+    assert model.training and not model.conv.training
+    assert not model.conv._forward_pre_hooks and not model.conv._forward_post_hooks
+    after = backend.read(model)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_a_forward_that_fails_is_named_and_dynamic_mode_stays(backend: Any) -> None:
+    model = net(lambda m, x: m.fc(x), fc=nn.Linear(5, 2))
+    with pytest.raises(ModelError, match="trace: the forward pass cannot be captured"):
+        backend.trace(model, [IMAGE])
+    assert paddle.in_dynamic_mode()
+    model = net(lambda m, x: m.conv(x), conv=nn.Conv2D(3, 2, 1))
+    with pytest.raises(ModelError, match="'conv' takes 3 channels, its input has 4"):
+        backend.trace(model, [IMAGE])
+    with pytest.raises(ModelError, match="at least one example input"):
+        backend.trace(model, [])
+
+
+def test_nested_outputs_and_several_inputs(backend: Any) -> None:
+    model = net(lambda m, x, y: {"sum": x + y, "parts": [x * 2, (y,)]})
+    graph = backend.trace(model, [IMAGE, IMAGE])
+    assert len(graph.inputs) == 2 and len(graph.outputs) == 3
+    assert graph.outputs[2] == graph.inputs[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", {"conv": 20, "linear": 1, "batch_norm": 20, "binary": 8, "pool": 2}),
+        ("mobilenet_v2", {"conv": 52, "linear": 1, "batch_norm": 52, "binary": 10, "pool": 1}),
+    ],
+)
+def test_vision_models(backend: Any, name: str, expected: dict[str, int]) -> None:
+    model = getattr(paddle.vision.models, name)(num_classes=3)
+    graph = backend.trace(model, [np.zeros((1, 3, 32, 32), np.float32)])
+    assert not graph.unknown_ops()
+    assert {kind: kinds(graph).count(kind) for kind in expected} == expected
+    known = dict(backend.module_paths(model) and [(layer.path, layer) for layer in backend.layers(model)])
+    assert all(node.params["weight"] == known[node.name].params["weight"] for node in graph.layer_nodes())

@@ -113,7 +113,7 @@ def corrected_statistic(old: Any, new: Any, momentum: float, factor: float = 1.0
     return (before * momentum + batch * (factor * (1.0 - momentum))).astype(new.dtype)
 
 
-class Momentum(paddle.optimizer.Momentum):  # type: ignore[misc]
+class Momentum(paddle.optimizer.Momentum):
     """Momentum that is exact in float64 (3.3's kernel rounds momentum and weight decay to float32)."""
 
     def _append_optimize_op(self, block: Any, param_and_grad: Any) -> Any:
@@ -129,7 +129,7 @@ class Momentum(paddle.optimizer.Momentum):  # type: ignore[misc]
         return None
 
 
-class AdamW(paddle.optimizer.AdamW):  # type: ignore[misc]
+class AdamW(paddle.optimizer.AdamW):
     """AdamW that is exact in float64 (3.3's kernel rounds the decay to float32)."""
 
     _weight_decay: float

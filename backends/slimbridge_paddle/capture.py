@@ -128,7 +128,7 @@ def _record(model: Any) -> dict[int, str]:
     return paths
 
 
-@switch_to_static_graph  # type: ignore[untyped-decorator]
+@switch_to_static_graph
 def _direct(model: Any, specs: Sequence[tuple[list[int], str]]) -> Program:
     paths = _record(model)
     program, startup = paddle.static.Program(), paddle.static.Program()
@@ -138,7 +138,7 @@ def _direct(model: Any, specs: Sequence[tuple[list[int], str]]) -> Program:
     return Program(program, inputs, outputs, _tensors(context.get_params_with_values()), paths)
 
 
-class _Caller(paddle.nn.Layer):  # type: ignore[misc]
+class _Caller(paddle.nn.Layer):
     """Calls the model, so that the translation replaces this layer's forward and not the model's."""
 
     def __init__(self, model: Any) -> None:

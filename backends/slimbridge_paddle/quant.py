@@ -20,7 +20,7 @@ from slimbridge_paddle.tensors import dtype_name, place_of
 Tensor = Any
 
 
-class _Snap(PyLayer):  # type: ignore[misc]
+class _Snap(PyLayer):
     """The grid value of each entry; the gradient goes through as if nothing had happened (straight-through)."""
 
     @staticmethod

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from slimbridge_paddle.refs import Literal, Ref, Unsupported
+from slimbridge_paddle.refs import Active, Bundle, Literal, Ref, Stored, Unsupported
 
 if TYPE_CHECKING:
     from slimbridge_paddle.trace import Builder
@@ -72,3 +73,303 @@ BINARY = {
     "not_equal": "ne", "logical_and": "and", "logical_or": "or",
 }  # fmt: skip
 SHAPE_ONLY = frozenset(("shape", "shape64", "numel", "full_like", "full_batch_size_like", "zeros_like", "ones_like"))
+RESIZES = ("bilinear_interp", "nearest_interp", "bicubic_interp", "linear_interp", "trilinear_interp")
+_VALUED = ("full", "full_int_array", "assign_value")
+_CHANNELS_LAST = ("NHWC", "NDHWC", "NLC")
+
+
+def handles(*names: str) -> Callable[[Handler], Handler]:
+    """Register a handler for operations."""
+
+    def register(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+def translate(builder: Builder, call: Call) -> list[Ref]:
+    """The references of an operation's results; nodes are added to the builder.
+
+    Raises:
+        Unsupported: the operation, or this use of it, is not in the vocabulary.
+    """
+    if call.operation.num_regions() or any(_depends_on_data(value) for value in call.results):
+        raise Unsupported
+    if call.name == "combine":
+        return [Bundle(tuple(ref if ref is not None else Literal(()) for ref in call.operands))]
+    if call.name in SHAPE_ONLY or all(_is_literal(ref) for ref in call.operands):
+        return [_literal(call, value) for value in call.results]
+    if call.name in ELEMENTWISE:
+        return _elementwise(builder, call)
+    if call.name in BINARY:
+        return _binary(builder, call)
+    handler = HANDLERS.get(call.name)
+    if handler is None:
+        raise Unsupported
+    return handler(builder, call)
+
+
+def _is_literal(ref: Ref | None) -> bool:
+    if isinstance(ref, Bundle):
+        return all(_is_literal(item) for item in ref.items)
+    return ref is None or isinstance(ref, Literal)
+
+
+def _depends_on_data(value: Any) -> bool:
+    # The last result of a batch normalisation is a scratch value of unknown size, hence the test for one axis.
+    return value.type().as_vec_type() is None and len(value.shape) > 1 and any(int(size) < 0 for size in value.shape)
+
+
+def _literal(call: Call, value: Any) -> Ref:
+    vector = value.type().as_vec_type()
+    if vector:
+        return Bundle(tuple(Literal(tuple(int(size) for size in item.shape)) for item in vector.as_list()))
+    known = call.attrs.get("value", call.attrs.get("values")) if call.name in _VALUED else None
+    return Literal(tuple(int(size) for size in value.shape), known)
+
+
+def channels_first(call: Call) -> dict[str, Any]:
+    """The attributes; Unsupported when the channels come last."""
+    attrs = call.attrs
+    if attrs.get("data_format", "NCHW") in _CHANNELS_LAST:
+        raise Unsupported
+    return attrs
+
+
+def axes_of(value: Any, rank: int) -> tuple[int, ...]:
+    """Axes as ascending non-negative integers; none means all."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    found = tuple(sorted(int(axis) % rank for axis in items)) if rank else ()
+    return found or tuple(range(rank))
+
+
+def _elementwise(builder: Builder, call: Call) -> list[Ref]:
+    first = call.operand(0)
+    call.only_literals(1)
+    if isinstance(first, Stored) and call.name in ("assign", "cast", "share_data"):
+        return [first]
+    source = builder.tensor(first)
+    if builder.shapes[source] != call.shape:
+        raise Unsupported
+    return [Active(builder.one("elementwise", (source,), call.shape, op=call.name))]
+
+
+def _binary(builder: Builder, call: Call) -> list[Ref]:
+    left, right = call.operands
+    if call.name == "add" and (folded := _bias(builder, call, left, right)):
+        return [folded]
+    for ref, other in ((left, right), (right, left)):
+        if isinstance(other, Literal) and prod(other.shape) == 1 and isinstance(ref, Active):
+            if builder.shapes[ref.tensor] != call.shape:
+                raise Unsupported
+            return [Active(builder.one("elementwise", (ref.tensor,), call.shape, op=BINARY[call.name]))]
+    inputs = (builder.tensor(left), builder.tensor(right))
+    return [Active(builder.one("binary", inputs, call.shape, op=BINARY[call.name]))]
+
+
+def _bias(builder: Builder, call: Call, left: Ref | None, right: Ref | None) -> Ref | None:
+    """The layer's own output, where the operation adds a vector of its channels to a convolution or linear layer."""
+    for made, stored in ((left, right), (right, left)):
+        if not isinstance(made, Active) or not isinstance(stored, Stored) or made.tensor not in builder.foldable:
+            continue
+        node = builder.nodes[builder.foldable[made.tensor]]
+        shape = builder.shapes[made.tensor]
+        axis = 1 if node.kind == "conv" else len(shape) - 1
+        wanted = tuple(shape[axis] if index == axis else 1 for index in range(len(shape)))
+        padded = (1,) * (len(shape) - len(stored.shape)) + stored.shape
+        vector = stored.origin == (shape[axis],) and stored.reshaped_only and padded == wanted
+        if vector and call.shape == shape and stored.entry is not None:
+            builder.add_bias(made.tensor, stored.entry.name)
+            return made
+    return None
+
+
+def _shapes(value: Any) -> list[Shape]:
+    """Shapes of a result that is a vector of tensors."""
+    return [tuple(int(size) for size in item.shape) for item in value.type().as_vec_type().as_list()]
+
+
+@handles("split", "split_with_num")
+def _split(builder: Builder, call: Call) -> list[Ref]:
+    shapes = _shapes(call.results[0])
+    source = builder.tensor(call.operand(0))
+    axis = call.integers(len(call.operands) - 1)[0] % len(builder.shapes[source])
+    made = builder.emit("split", (source,), shapes, axis=axis, sizes=tuple(shape[axis] for shape in shapes))
+    return [Bundle(tuple(Active(item) for item in made))]
+
+
+@handles("unbind")
+def _unbind(builder: Builder, call: Call) -> list[Ref]:
+    """Pieces of size one, their axis dropped."""
+    shapes = _shapes(call.results[0])
+    source = builder.tensor(call.operand(0))
+    shape = builder.shapes[source]
+    axis = int(call.attrs["axis"]) % len(shape)
+    piece = (*shape[:axis], 1, *shape[axis + 1 :])
+    made = builder.emit("split", (source,), [piece] * len(shapes), axis=axis, sizes=(1,) * len(shapes))
+    flat = [builder.one("reshape", (item,), wanted) for item, wanted in zip(made, shapes, strict=True)]
+    return [Bundle(tuple(Active(item) for item in flat))]
+
+
+@handles("builtin_split", "slice_of_bundle")
+def _unpack(builder: Builder, call: Call) -> list[Ref]:
+    items = _bundle(call).items
+    return list(items) if call.name == "builtin_split" else [items[int(call.attrs["index"])]]
+
+
+def _bundle(call: Call) -> Bundle:
+    """The first operand, which has to be a bundle."""
+    bundle = call.operand(0)
+    if not isinstance(bundle, Bundle):
+        raise Unsupported
+    return bundle
+
+
+@handles("concat")
+def _concat(builder: Builder, call: Call) -> list[Ref]:
+    axis = call.integers(1)[0] % len(call.shape)
+    items = [builder.tensor(ref) for ref in _bundle(call).items]
+    return [Active(builder.one("concat", items, call.shape, axis=axis))]
+
+
+@handles("stack")
+def _stack(builder: Builder, call: Call) -> list[Ref]:
+    """A new axis for each, then a concat."""
+    axis = int(call.attrs["axis"]) % len(call.shape)
+    single = (*call.shape[:axis], 1, *call.shape[axis + 1 :])
+    items = [builder.one("reshape", (builder.tensor(ref),), single) for ref in _bundle(call).items]
+    return [Active(builder.one("concat", items, call.shape, axis=axis))]
+
+
+@handles("reshape", "flatten", "squeeze", "unsqueeze", "view_shape")
+def _reshape(builder: Builder, call: Call) -> list[Ref]:
+    first = call.operand(0)
+    if isinstance(first, Stored):
+        return [first.then("reshape", call.shape)]
+    return [Active(builder.one("reshape", (builder.tensor(first),), call.shape))]
+
+
+@handles("transpose")
+def _transpose(builder: Builder, call: Call) -> list[Ref]:
+    perm = tuple(int(axis) % len(call.shape) for axis in call.attrs["perm"])
+    first = call.operand(0)
+    if isinstance(first, Stored):
+        return [first.then("transpose", call.shape, perm=perm)]
+    return [Active(builder.one("transpose", (builder.tensor(first),), call.shape, perm=perm))]
+
+
+@handles("slice", "strided_slice")
+def _slice(builder: Builder, call: Call) -> list[Ref]:
+    """One node for each axis, then a reshape where axes are dropped."""
+    made = builder.tensor(call.operand(0))
+    attrs, shape = call.attrs, list(builder.shapes[made])
+    starts, stops = call.integers(1), call.integers(2)
+    steps = call.integers(3) if call.name == "strided_slice" else (1,) * len(starts)
+    for given, start, stop, step in zip(attrs["axes"], starts, stops, steps, strict=True):
+        if step < 1:
+            raise Unsupported
+        axis = int(given) % len(shape)
+        first, last, _ = slice(start, stop, step).indices(shape[axis])
+        if (first, last, step) == (0, shape[axis], 1):
+            continue
+        shape[axis] = len(range(first, last, step))
+        made = builder.one("slice", (made,), tuple(shape), axis=axis, start=first, stop=last, step=step)
+    if prod(shape) != prod(call.shape):
+        raise Unsupported
+    if tuple(shape) != call.shape:
+        made = builder.one("reshape", (made,), call.shape)
+    return [Active(made)]
+
+
+@handles("expand", "expand_as", "tile")
+def _expand(builder: Builder, call: Call) -> list[Ref]:
+    source = builder.tensor(call.operand(0))
+    shape = builder.shapes[source]
+    padded = (1,) * (len(call.shape) - len(shape)) + shape
+    if any(old not in (1, new) for old, new in zip(padded, call.shape, strict=True)):
+        raise Unsupported  # a repetition, not a broadcast
+    return [Active(builder.one("expand", (source,), call.shape))]
+
+
+@handles("pad", "pad3d")
+def _pad(builder: Builder, call: Call) -> list[Ref]:
+    attrs = channels_first(call)
+    source = builder.tensor(call.operand(0))
+    rank = len(call.shape)
+    pads: tuple[tuple[int, int], ...]
+    if call.name == "pad":
+        call.only_literals(1)
+        flat = [int(item) for item in attrs["paddings"]]
+        pads = tuple((flat[2 * axis], flat[2 * axis + 1]) for axis in range(rank))
+    else:  # (left, right, top, bottom, front, back): the last axis comes first
+        flat = list(call.integers(1))
+        spatial = [(flat[2 * index], flat[2 * index + 1]) for index in range(len(flat) // 2)][::-1]
+        pads = (*((0, 0),) * (rank - len(spatial)), *spatial)
+    return [Active(builder.one("pad", (source,), call.shape, pads=pads))]
+
+
+@handles("pool2d", "pool3d", "max_pool2d_with_index", "max_pool3d_with_index")
+def _pool(builder: Builder, call: Call) -> list[Ref]:
+    op = str(channels_first(call).get("pooling_type", "max"))
+    return [Active(builder.one("pool", (builder.tensor(call.operand(0)),), call.shape, op=op))]
+
+
+@handles(*RESIZES)
+def _resize(builder: Builder, call: Call) -> list[Ref]:
+    channels_first(call)
+    call.only_literals(1)
+    return [Active(builder.one("resize", (builder.tensor(call.operand(0)),), call.shape))]
+
+
+@handles("mean", "sum", "max", "min", "amax", "amin", "mean_all")
+def _reduce(builder: Builder, call: Call) -> list[Ref]:
+    attrs = call.attrs
+    source = builder.tensor(call.operand(0))
+    rank = len(builder.shapes[source])
+    given = call.literal(1) if len(call.operands) > 1 else attrs.get("axis", [])
+    keepdims = bool(attrs.get("keepdim", False))
+    op = call.name.removeprefix("a").removesuffix("_all")
+    made = builder.one("reduce", (source,), call.shape, op=op, axes=axes_of(given, rank), keepdims=keepdims)
+    return [Active(made)]
+
+
+@handles("softmax")
+def _softmax(builder: Builder, call: Call) -> list[Ref]:
+    axis = int(call.attrs["axis"]) % len(call.shape)
+    return [Active(builder.one("softmax", (builder.tensor(call.operand(0)),), call.shape, axis=axis))]
+
+
+@handles("prelu")
+def _prelu(builder: Builder, call: Call) -> list[Ref]:
+    """The slopes broadcast over the channel axis."""
+    attrs = channels_first(call)
+    source, slopes = builder.tensor(call.operand(0)), call.operand(1)
+    if not isinstance(slopes, Stored) or attrs["mode"] == "element":
+        raise Unsupported
+    wanted = (1, prod(slopes.shape), *(1,) * (len(call.shape) - 2))
+    inputs = (source, builder.tensor(slopes.then("reshape", wanted)))
+    return [Active(builder.one("binary", inputs, call.shape, op="prelu"))]
+
+
+@handles("channel_shuffle")
+def _channel_shuffle(builder: Builder, call: Call) -> list[Ref]:
+    groups = int(channels_first(call)["groups"])
+    count, channels, height, width = call.shape
+    parted = (count, groups, channels // groups, height, width)
+    made = builder.one("reshape", (builder.tensor(call.operand(0)),), parted)
+    swapped = (count, channels // groups, groups, height, width)
+    made = builder.one("transpose", (made,), swapped, perm=(0, 2, 1, 3, 4))
+    return [Active(builder.one("reshape", (made,), call.shape))]
+
+
+@handles("pixel_shuffle")
+def _pixel_shuffle(builder: Builder, call: Call) -> list[Ref]:
+    factor = int(channels_first(call)["upscale_factor"])
+    source = builder.tensor(call.operand(0))
+    count, _, height, width = builder.shapes[source]
+    channels = call.shape[1]
+    made = builder.one("reshape", (source,), (count, channels, factor, factor, height, width))
+    swapped = (count, channels, height, factor, width, factor)
+    made = builder.one("transpose", (made,), swapped, perm=(0, 1, 4, 2, 5, 3))
+    return [Active(builder.one("reshape", (made,), call.shape))]

@@ -82,7 +82,7 @@ class PaddleOptimizer:
         return table.get(entry.tensor.name)
 
     def state(self) -> dict[str, Array]:
-        """ "<parameter>/<slot>" -> copy; "step" is a 0-d int64 array, the others have the parameter's shape."""
+        """Copies as "<parameter>/<slot>"; "step" is a 0-d int64 array, the others have the parameter's shape."""
         found: dict[str, Array] = {}
         for name, entry in self._entries.items():
             for slot in self._slots:

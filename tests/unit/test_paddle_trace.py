@@ -261,5 +261,5 @@ def test_vision_models(backend: Any, name: str, expected: dict[str, int]) -> Non
     graph = backend.trace(model, [np.zeros((1, 3, 32, 32), np.float32)])
     assert not graph.unknown_ops()
     assert {kind: kinds(graph).count(kind) for kind in expected} == expected
-    known = dict(backend.module_paths(model) and [(layer.path, layer) for layer in backend.layers(model)])
+    known = {layer.path: layer for layer in backend.layers(model)}
     assert all(node.params["weight"] == known[node.name].params["weight"] for node in graph.layer_nodes())

@@ -7,14 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slimbridge.discovery import backend_names, get_backend
 from slimbridge.distill import Distiller, missing_paths
-from slimbridge.errors import BackendError, PlanError, SlimbridgeError
+from slimbridge.errors import PlanError, SlimbridgeError
 from slimbridge.plan import DistillStage, Plan, PruneStage, QuantizeStage, load_plan
 from slimbridge.ports import Backend, Model
 from slimbridge.prune import Pruner
 from slimbridge.quantize import Quantizer
-from slimbridge.runner import build_model, first_inputs, plan_data
+from slimbridge.runner import build_model, find_backend, first_inputs, plan_data
 from slimbridge.tasks import Data
 from slimbridge.weights import load_weights
 
@@ -35,17 +34,6 @@ def check(source: str | Path | Mapping[str, Any] | Plan, backend: str | None = N
     return _Check(plan).run(backend)
 
 
-def installed_backend() -> Backend:
-    """The first backend whose framework is installed; BackendError when there is none."""
-    failures = []
-    for name in sorted(backend_names(), reverse=True):
-        try:
-            return get_backend(name)
-        except BackendError as error:
-            failures.append(str(error))
-    raise BackendError("no framework is installed: " + "; ".join(failures))
-
-
 class _Check:
     """Collects the mistakes of one plan."""
 
@@ -54,7 +42,7 @@ class _Check:
         self.findings: list[str] = []
 
     def run(self, backend: str | None) -> list[str]:
-        side = self._try("backend", lambda: get_backend(backend) if backend else installed_backend())
+        side = self._try("backend", lambda: find_backend(None, backend or self.plan.backend))
         data = self._try("data", lambda: plan_data(self.plan)) if self.plan.data else None
         if side is None:
             return self.findings

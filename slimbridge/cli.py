@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, Literal, NoReturn, Optional
 
 import typer
 
@@ -22,7 +22,7 @@ app = typer.Typer(
 
 PlanArgument = Annotated[str, typer.Argument(help="A shipped plan's name or a YAML file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu or gpu, in place of the plan's.")]  # noqa: UP045
+Device = Annotated[Optional[Literal["cpu", "gpu"]], typer.Option(help="In place of the plan's.")]  # noqa: UP045
 
 
 def main() -> None:
@@ -57,7 +57,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def run(
     plan: PlanArgument,
-    backend: Annotated[Optional[list[str]], typer.Option(help="torch or paddle; give it twice to compare.")] = None,  # noqa: UP045
+    backend: Annotated[
+        Optional[list[str]], typer.Option(help="torch or paddle, twice to compare; default the plan's.")
+    ] = None,  # noqa: UP045
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder; default runs/<plan>.")] = None,  # noqa: UP045
     device: Device = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in the folder, if there is one.")] = False,
@@ -74,11 +76,11 @@ def run(
     if baseline is not None:
         loaded = loaded.model_copy(update={"baseline": BaselineSection(weights=str(baseline.resolve()))})
     folder = output or Path("runs") / loaded.name
-    names = list(dict.fromkeys(backend or ["torch"]))
+    names = list(dict.fromkeys(backend or []))
     if len(names) > 1:
         passed = console.run_many(loaded, names, folder, resume, as_json)
         raise typer.Exit(0 if passed else 1)
-    console.run_one(loaded, names[0], folder, resume, as_json)
+    console.run_one(loaded, names[0] if names else None, folder, resume, as_json)
 
 
 @app.command()

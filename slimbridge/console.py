@@ -52,7 +52,7 @@ def bars() -> Iterator[Bars]:
         yield Bars(bar)
 
 
-def run_one(plan: Plan, backend: str, folder: Path, resume: bool, as_json: bool) -> None:
+def run_one(plan: Plan, backend: str | None, folder: Path, resume: bool, as_json: bool) -> None:
     """Run a plan on one backend, save, and print its report."""
     import os
 

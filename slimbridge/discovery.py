@@ -32,6 +32,17 @@ def get_backend(name: str) -> Backend:
     )
 
 
+def installed_backend() -> Backend:
+    """The first backend whose framework is installed; BackendError when there is none."""
+    failures = []
+    for name in sorted(backend_names(), reverse=True):
+        try:
+            return get_backend(name)
+        except BackendError as error:
+            failures.append(str(error))
+    raise BackendError("no framework is installed: " + "; ".join(failures))
+
+
 def _load(entry: EntryPoint) -> Backend:
     distribution = entry.dist.name if entry.dist else "slimbridge"
     try:

@@ -17,7 +17,7 @@ import numpy as np
 from slimbridge import __version__, zoo
 from slimbridge.decisions import Decision, PruneDecision
 from slimbridge.deploy.latency import measure_latency
-from slimbridge.discovery import backend_of, get_backend
+from slimbridge.discovery import backend_of, get_backend, installed_backend
 from slimbridge.errors import BackendError, PlanError, RunError
 from slimbridge.graph import cost_of
 from slimbridge.plan import BaselineSection, Plan, load_plan
@@ -115,7 +115,7 @@ def compress(
     plan = load_plan(plan)
     if device is not None:
         plan = load_plan({**plan.model_dump(), "device": device})
-    side = find_backend(model, backend)
+    side = find_backend(model, backend or plan.backend)
     given = Given(model, _as_data(data), loss, metric)
     keep = None if run_dir is not None else tempfile.TemporaryDirectory(prefix="slimbridge-")
     path = Path(run_dir) if run_dir is not None else Path(str(keep and keep.name))
@@ -159,10 +159,10 @@ def change_form(backend: Backend, model: Model, decisions: Iterable[Decision]) -
 
 
 def find_backend(model: Model | None, name: str | None) -> Backend:
-    """The backend of a model, or the one named; BackendError when they contradict or neither is given."""
+    """The backend of a model, or the one named, or the first installed; BackendError when they contradict."""
     if model is None:
         if name is None:
-            raise BackendError("neither a model nor a backend is given; name a backend: torch or paddle")
+            return installed_backend()
         return get_backend(name)
     side = backend_of(model)
     if name is not None and name != side.name:
@@ -304,8 +304,8 @@ class _Run:
 
 
 def _truthful(plan: Plan, given: Given, side: Backend, weights: Mapping[str, Array]) -> Plan:
-    """The plan without the model or data that arguments took the place of, so that the saved one can be believed."""
-    changes: dict[str, Any] = {}
+    """The plan as it is run: its backend named, without the model or data that arguments took the place of."""
+    changes: dict[str, Any] = {"backend": side.name}
     if given.data is not None:
         changes["data"] = None
     if given.model is not None and plan.model is not None:

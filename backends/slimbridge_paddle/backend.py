@@ -43,13 +43,11 @@ class PaddleBackend:
     def capabilities(self) -> Capabilities:
         """What Paddle can do on this machine; PaddleSlim is looked up, not imported."""
         flag = "FLAGS_paddle_num_threads"
-        versions = {name: found for name in _DISTRIBUTIONS if (found := _version(name))}
         return Capabilities(
             backend=self.name,
-            versions=versions,
+            versions={name: found for name in _DISTRIBUTIONS if (found := _version(name))},
             devices=tensors.devices(),
             threads=int(paddle.get_flags([flag])[flag]),
-            native_engines=("paddleslim",) if "paddleslim" in versions else (),
         )
 
     def owns(self, model: object) -> bool:

@@ -57,7 +57,6 @@ class TorchBackend:
             versions=versions,
             devices=_devices(),
             threads=torch.get_num_threads(),
-            native_engines=tuple(name for name in _COMPANIONS[1:] if name in versions),
         )
 
     def owns(self, model: object) -> bool:

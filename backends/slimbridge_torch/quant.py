@@ -60,7 +60,7 @@ class FakeQuant:
 
     def quantize(self, x: Tensor) -> Tensor:
         """The grid values of a floating tensor, any shape."""
-        return _Snap.apply(x, self._step(x), self.params)  # type: ignore[no-untyped-call]
+        return _Snap.apply(x, self._step(x), self.params)
 
     def _step(self, x: Tensor) -> Tensor | float:
         axis = self.params.axis

@@ -113,7 +113,7 @@ class _Values:
     kept: list[Tensor] = field(default_factory=list)
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(TorchDispatchMode):
     """A dispatch mode that turns operations into nodes.
 
     Every tensor stays alive while it records, so that a tensor's `id` names it. In-place operations give the
@@ -126,7 +126,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.nodes: list[Node] = []
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.path = ""

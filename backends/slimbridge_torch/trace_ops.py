@@ -158,7 +158,7 @@ def _where(call: Call) -> Sequence[int]:
 
 def _broadcast(call: Call, *values: int) -> tuple[int, ...]:
     shapes = (call.shape(value) for value in values)
-    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    return tuple(torch.broadcast_shapes(*shapes))
 
 
 def _same(call: Call) -> Sequence[int]:

@@ -35,7 +35,7 @@ def output(bench: Bench, model: Model, *inputs: Array) -> Array:
 
 
 def conv2d(x: Array, weight: Array, bias: Array, groups: int) -> Array:
-    """Convolution by its definition: (N, I, H, W), (O, I/groups, 3, 3) -> (N, O, H, W), stride 1, padding 1, float64."""
+    """By the definition: (N, I, H, W), (O, I/groups, 3, 3) -> (N, O, H, W), stride 1, padding 1, float64."""
     padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
     n, _, height, width = x.shape
     outputs, inputs = weight.shape[:2]

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from slimbridge.discovery import backend_names
+from slimbridge.errors import listed, nearest
 from slimbridge.plan.registries import IMPORTANCES, LOSSES, OBSERVERS, SCHEDULES
 from slimbridge.plan.registry import Registry
 
@@ -19,6 +21,13 @@ def _named_in(registry: Registry[Any]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _backend(name: str) -> str:
+    if name not in backend_names():
+        raise ValueError(f"unknown backend '{name}'{nearest(name, backend_names())}; allowed: {listed(backend_names())}")
+    return name
+
+
+BackendName = Annotated[str, AfterValidator(_backend)]
 ImportanceName = Annotated[str, _named_in(IMPORTANCES)]
 ObserverName = Annotated[str, _named_in(OBSERVERS)]
 LossName = Annotated[str, _named_in(LOSSES)]
@@ -118,7 +127,14 @@ class PruneStage(Section):
     """
 
     kind: Literal["prune"] = "prune"
-    importance: ImportanceName = "l1_norm"
+    importance: def _backend(name: str) -> str:
+    if name not in backend_names():
+        raise ValueError(f"unknown backend '{name}'{nearest(name, backend_names())}; allowed: {listed(backend_names())}")
+    return name
+
+
+BackendName = Annotated[str, AfterValidator(_backend)]
+ImportanceName = "l1_norm"
     pruning_ratio: Annotated[float, Field(gt=0, lt=1)]
     ignored_layers: tuple[str, ...] = Field(default=(), strict=False)
     finetune: TrainSection | None = None
@@ -215,6 +231,7 @@ class Plan(Section):
         name: of the plan, for reports.
         model, data: from the zoo and the shipped data sets; either may be passed as an argument instead.
         task: fixes the loss on labels and the metric.
+        backend: a registered backend's name; None takes the model's own, or the one named when the plan is run.
         seed: of data order, calibration and the frameworks' generators.
         device: "cpu" or "gpu".
         baseline: what happens before the first stage.
@@ -225,6 +242,7 @@ class Plan(Section):
     model: ModelSection | None = None
     data: DataSection | None = None
     task: Literal["classification"] = "classification"
+    backend: BackendName | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Literal["cpu", "gpu"] = "cpu"
     baseline: BaselineSection = BaselineSection()

@@ -43,9 +43,9 @@ def epoch_order(n: int, seed: int, *stream: int | str) -> NDArray[np.int64]:
 
 
 def _philox(seed: int, stream: tuple[int | str, ...]) -> np.random.Philox:
-    parts = [_tagged("seed", seed), *(_tagged("stream", part) for part in stream)]
-    if isinstance(seed, str):
+    if not isinstance(seed, (int, np.integer)):
         raise SlimbridgeError(f"random stream: the seed must be an integer, found {seed!r}")
+    parts = [_tagged("seed", seed), *(_tagged("stream", part) for part in stream)]
     digest = sha256("\x00".join(parts).encode()).digest()
     return np.random.Philox(key=int.from_bytes(digest[:16], "little"))
 

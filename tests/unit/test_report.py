@@ -14,17 +14,10 @@ import plotly.graph_objects as go
 import pytest
 
 from slimbridge.errors import RunError
+from slimbridge.report.figures import count, duration, parity_sentence, size, verdict_word
 from slimbridge.report.html import render_html, write_html
 from slimbridge.report.records import Comparison, EpochRecord, LatencyRecord, RunReport, StageRecord, Verdict
-from slimbridge.report.table import (
-    count,
-    duration,
-    parity_sentence,
-    render_comparison,
-    render_run,
-    size,
-    verdict_word,
-)
+from slimbridge.report.table import render_comparison, render_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>{{ 7*7 }} [red]\x1b[31m"

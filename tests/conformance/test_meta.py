@@ -1,0 +1,261 @@
+"""The tests of the conformance suite: a backend with one planted fault must fail, in the case that is about it.
+
+Each fault is a wrapper that hands everything on to a real backend and spoils one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slimbridge.conformance import CASES, models, operations, run_conformance, surgery, tracing, training
+from slimbridge.conformance.suite import Bench
+from slimbridge.decisions import PruneDecision, QuantizeDecision
+from slimbridge.graph import Graph
+from slimbridge.ports import Array, Backend, Device, Loss, Model, Optimizer, OptimizerSettings, Pass, Tensor
+
+MODULES = (models, operations, surgery, tracing, training)
+STATISTICS = ("running_mean", "running_var")
+
+
+class Honest:
+    """Hands everything on."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class SwappedAxes(Honest):
+    """Linear weights are read and written as (in, out) where that does not show in the shape."""
+
+    @staticmethod
+    def _swap(arrays: Mapping[str, Array]) -> dict[str, Array]:
+        def square(array: Array) -> bool:
+            return array.ndim == 2 and array.shape[0] == array.shape[1]
+
+        return {name: np.ascontiguousarray(a.T) if square(a) else a for name, a in arrays.items()}
+
+    def read(self, model: Model) -> dict[str, Array]:
+        return self._swap(self.inner.read(model))
+
+    def write(self, model: Model, arrays: Mapping[str, Array], partial: bool = False) -> Model:
+        return self.inner.write(model, self._swap(arrays), partial)
+
+
+class SharedClone(Honest):
+    """A clone is the model itself."""
+
+    def clone(self, model: Model) -> Model:
+        return model
+
+
+class StepSpoiled(Honest):
+    """A training step after which `spoil` has changed what the model holds."""
+
+    def spoil(self, before: dict[str, Array], after: dict[str, Array], inputs: Sequence[Array]) -> dict[str, Array]:
+        raise NotImplementedError
+
+    def train_step(
+        self, model: Model, optimizer: Optimizer, inputs: Sequence[Array], loss: Loss, capture: Sequence[str] = ()
+    ) -> dict[str, float]:
+        before = self.inner.read(model)
+        terms: dict[str, float] = self.inner.train_step(model, optimizer, inputs, loss, capture)
+        self.inner.write(model, self.spoil(before, self.inner.read(model), inputs), partial=True)
+        return terms
+
+
+class StaleStatistics(StepSpoiled):
+    """A training step leaves the running statistics as they were."""
+
+    def spoil(self, before: dict[str, Array], after: dict[str, Array], inputs: Sequence[Array]) -> dict[str, Array]:
+        return {name: array for name, array in before.items() if name.endswith(STATISTICS)}
+
+
+class BiasedVariance(StepSpoiled):
+    """The running variance is divided by n instead of n - 1 (of a normalisation right after the input)."""
+
+    def spoil(self, before: dict[str, Array], after: dict[str, Array], inputs: Sequence[Array]) -> dict[str, Array]:
+        n = inputs[0].size // inputs[0].shape[1]
+        names = [name for name in after if name.endswith("running_var")]
+        return {name: 0.9 * before[name] + (after[name] - 0.9 * before[name]) * (n - 1) / n for name in names}
+
+
+class LeftInEval(Honest):
+    """A training step runs in eval mode, as after a forward pass that did not restore the mode."""
+
+    def train_step(
+        self, model: Model, optimizer: Optimizer, inputs: Sequence[Array], loss: Loss, capture: Sequence[str] = ()
+    ) -> dict[str, float]:
+        model.eval()
+        model.train = lambda mode=True: model
+        try:
+            terms: dict[str, float] = self.inner.train_step(model, optimizer, inputs, loss, capture)
+        finally:
+            del model.train
+        return terms
+
+
+class NoMomentum(Honest):
+    """SGD forgets its velocity."""
+
+    def make_optimizer(self, model: Model, settings: OptimizerSettings) -> Optimizer:
+        return self.inner.make_optimizer(model, replace(settings, momentum=0.0, nesterov=False))
+
+
+class DecoupledDecay(Honest):
+    """Adam decays its weights as AdamW does."""
+
+    def make_optimizer(self, model: Model, settings: OptimizerSettings) -> Optimizer:
+        kind = "adamw" if settings.kind == "adam" else settings.kind
+        return self.inner.make_optimizer(model, replace(settings, kind=kind))
+
+
+class DeafToSeeds(Honest):
+    """Every seed is 0."""
+
+    def seed(self, seed: int) -> None:
+        self.inner.seed(0)
+
+
+class DoubledGradient(Honest):
+    """Gradients are those of twice the loss."""
+
+    def gradients(self, model: Model, inputs: Sequence[Array], loss: Loss, train: bool = False) -> dict[str, Array]:
+        return {name: 2 * array for name, array in self.inner.gradients(model, inputs, loss, train).items()}
+
+
+class FirstStatistics(Honest):
+    """Surgery keeps the first entries of the running mean instead of the right ones."""
+
+    def remove_channels(self, model: Model, decision: PruneDecision, optimizer: Optimizer | None = None) -> Model:
+        def first(name: str, axes: dict[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+            return {0: tuple(range(len(axes[0])))} if name.endswith("running_mean") else axes
+
+        kept = {name: first(name, axes) for name, axes in decision.kept.items()}
+        return self.inner.remove_channels(model, decision.model_copy(update={"kept": kept}), optimizer)
+
+
+class DroppedSlot(Honest):
+    """Surgery resets the optimizer's state."""
+
+    def remove_channels(self, model: Model, decision: PruneDecision, optimizer: Optimizer | None = None) -> Model:
+        model = self.inner.remove_channels(model, decision, optimizer)
+        if optimizer is not None:
+            optimizer.load_state({name: np.zeros_like(array) for name, array in optimizer.state().items()})
+        return model
+
+
+class StepTooLarge(Honest):
+    """The step of a fake quantization is 1/127 of itself too large, as when a threshold is divided by 126."""
+
+    def insert_quant(self, model: Model, decision: QuantizeDecision) -> Model:
+        grids = {
+            path: grid.model_copy(update={"step": tuple(step * (1 + 1 / 127) for step in grid.step)})
+            for path, grid in decision.activations.items()
+        }
+        return self.inner.insert_quant(model, decision.model_copy(update={"activations": grids}))
+
+
+class NoLowEnd(Honest):
+    """A minimum is taken for a zero, as after a ReLU."""
+
+    def reduce(self, model: Model, inputs: Sequence[Array], layers: Sequence[str]) -> dict[str, dict[str, float]]:
+        found = self.inner.reduce(model, inputs, layers)
+        return {path: {**extremes, "min": max(extremes["min"], 0.0)} for path, extremes in found.items()}
+
+
+class WrongCapture(Honest):
+    """Each captured feature is another layer's."""
+
+    def forward(self, model: Model, inputs: Sequence[Array | Tensor], capture: Sequence[str] = ()) -> Pass:
+        found = self.inner.forward(model, inputs, capture)
+        return Pass(found.output, dict(zip(found.features, reversed(list(found.features.values())), strict=True)))
+
+
+class HalfAway(Honest):
+    """Rounding takes ties away from zero."""
+
+    class _Ops(Honest):
+        def round(self, x: Tensor) -> Tensor:
+            nearest = self.inner.round(x)
+            away = self.inner.where(x > 0, x + 0.5, x - 0.5)
+            return self.inner.where(self.inner.abs(x - nearest) == 0.5, away, nearest)
+
+    @property
+    def ops(self) -> Any:
+        return self._Ops(self.inner.ops)
+
+
+class LostCoupling(Honest):
+    """The trace takes an addition for an operation on its first input alone."""
+
+    def trace(self, model: Model, inputs: Sequence[Array]) -> Graph:
+        graph = self.inner.trace(model, inputs)
+        nodes = tuple(
+            replace(node, kind="elementwise", inputs=node.inputs[:1]) if node.kind == "binary" else node
+            for node in graph.nodes
+        )
+        return replace(graph, nodes=nodes)
+
+
+FAULTS: tuple[tuple[Callable[[Any], Honest], str], ...] = (
+    (SwappedAxes, "layout: linear weights are (out, in)"),
+    (SharedClone, "weights: read, write, clone"),
+    (StaleStatistics, "normalisation: a step updates the running statistics, the variance unbiased"),
+    (BiasedVariance, "normalisation: a step updates the running statistics, the variance unbiased"),
+    (LeftInEval, "normalisation: a step updates the running statistics, the variance unbiased"),
+    (LeftInEval, "training: equal seeds give equal runs, dropout included"),
+    (DeafToSeeds, "training: equal seeds give equal runs, dropout included"),
+    (NoMomentum, "optimizers: three steps equal the formulas"),
+    (DecoupledDecay, "optimizers: three steps equal the formulas"),
+    (DoubledGradient, "gradients: equal the formula of softmax and cross entropy"),
+    (FirstStatistics, "surgery: removing channels equals zeroing them"),
+    (DroppedSlot, "surgery: training goes on with the same optimizer"),
+    (StepTooLarge, "quantization: fake quantization equals its formula"),
+    (NoLowEnd, "statistics: reduce gives the extremes of a layer's input"),
+    (WrongCapture, "forward: eval mode, features by path"),
+    (HalfAway, "ops: round goes half to even"),
+    (LostCoupling, "trace: channel groups as derived by hand"),
+)
+
+
+def outcomes_of(backend: Any, device: Device, names: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Case -> message of the cases that fail, of the named ones."""
+    monkeypatch.setattr("slimbridge.conformance.suite.CASES", {name: CASES[name] for name in names})
+    return {outcome.case: outcome.message for outcome in run_conformance(backend, device) if not outcome.passed}
+
+
+@pytest.mark.parametrize(("fault", "name"), [pytest.param(f, n, id=f"{f.__name__}-{n}") for f, n in FAULTS])
+def test_a_planted_fault_is_caught(
+    backend: Backend, device: Device, fault: Callable[[Any], Honest], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = outcomes_of(fault(backend), device, [name], monkeypatch)
+    assert list(failed) == [name]
+    # The fault itself must be seen, not a crash of the wrapper.
+    assert "raised" not in failed[name], failed[name]
+
+
+@pytest.mark.parametrize("name", sorted({name for _, name in FAULTS}))
+def test_the_wrapper_alone_fails_nothing(backend: Backend, device: Device, name: str) -> None:
+    CASES[name](Bench(Honest(backend), device))  # type: ignore[arg-type]
+
+
+def test_a_fault_is_caught_where_it_is_and_nowhere_else(
+    torch_backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(outcomes_of(HalfAway(torch_backend), "cpu", list(CASES), monkeypatch)) == {
+        "ops: round goes half to even"
+    }
+
+
+def test_every_kind_of_case_has_a_fault() -> None:
+    """Layout, weights, ...: the word before the colon."""
+    without = {name.partition(":")[0] for name in CASES} - {name.partition(":")[0] for _, name in FAULTS}
+    assert without == {"names", "capabilities"}

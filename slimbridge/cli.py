@@ -57,9 +57,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def run(
     plan: PlanArgument,
-    backend: Annotated[
-        Optional[list[str]], typer.Option(help="torch or paddle, twice to compare; default the plan's.")
-    ] = None,  # noqa: UP045
+    backend: Annotated[list[str] | None, typer.Option(help="Give it twice to compare.")] = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder; default runs/<plan>.")] = None,  # noqa: UP045
     device: Device = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in the folder, if there is one.")] = False,

@@ -23,7 +23,8 @@ def _named_in(registry: Registry[Any]) -> AfterValidator:
 
 def _backend(name: str) -> str:
     if name not in backend_names():
-        raise ValueError(f"unknown backend '{name}'{nearest(name, backend_names())}; allowed: {listed(backend_names())}")
+        known = backend_names()
+        raise ValueError(f"unknown backend '{name}'{nearest(name, known)}; allowed: {listed(known)}")
     return name
 
 
@@ -127,14 +128,7 @@ class PruneStage(Section):
     """
 
     kind: Literal["prune"] = "prune"
-    importance: def _backend(name: str) -> str:
-    if name not in backend_names():
-        raise ValueError(f"unknown backend '{name}'{nearest(name, backend_names())}; allowed: {listed(backend_names())}")
-    return name
-
-
-BackendName = Annotated[str, AfterValidator(_backend)]
-ImportanceName = "l1_norm"
+    importance: ImportanceName = "l1_norm"
     pruning_ratio: Annotated[float, Field(gt=0, lt=1)]
     ignored_layers: tuple[str, ...] = Field(default=(), strict=False)
     finetune: TrainSection | None = None

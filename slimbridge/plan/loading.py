@@ -16,20 +16,18 @@ from slimbridge.plan.schema import Plan
 
 LARGEST = 1_000_000
 """Bytes of a plan file; a larger one is refused unread."""
+MOST_VALUES = 10_000
+"""Values in a plan, aliases written out; a file of a few lines can stand for billions."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and aliases (a plan has no use for them, a YAML bomb has)."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError(f"line {mark.line + 1}: an alias (*name) is not allowed in a plan")
-        return super().compose_node(parent, index)
+    """Safe YAML that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, (str, int)) and key in seen:
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key '{key}' stands twice")
@@ -94,9 +92,23 @@ def _read(path: Path) -> str:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0] or type(error).__name__
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise PlanError([f"{source}: {line}not valid YAML: {problem}"]) from error
+    if _count(values) > MOST_VALUES:
+        raise PlanError([f"{source}: holds more than {MOST_VALUES} values with its aliases written out"])
+    return values
+
+
+def _count(values: Any) -> int:
+    """Values of a nested structure, shared ones counted each time; counting stops above MOST_VALUES."""
+    waiting, count = [values], 0
+    while waiting and count <= MOST_VALUES:
+        item = waiting.pop()
+        count += 1
+        if isinstance(item, (dict, list)):
+            waiting.extend(item.values() if isinstance(item, dict) else item)
+    return count

@@ -35,7 +35,7 @@ def _rows() -> Iterator[tuple[str, str, str]]:
     from slimbridge.tasks import DATA_SETS, metrics
 
     for name in backend_names():
-        yield "backend", name, "passes the conformance suite"
+        yield "backend", name, f"`pip install 'slimbridge[{name}]'`"
     for name in registries.IMPORTANCES.names():
         yield "importance", name, _first_sentence(registries.IMPORTANCES.get(name))
     for name in registries.OBSERVERS.names():
@@ -46,7 +46,7 @@ def _rows() -> Iterator[tuple[str, str, str]]:
     for name in registries.SCHEDULES.names():
         yield "schedule", name, _first_sentence(registries.SCHEDULES.get(name))
     for name, entry in zoo.models().items():
-        yield "zoo model", name, f"{entry.doc} ({entry.paper})"
+        yield "zoo model", name, f"{entry.doc} ({entry.paper.rsplit(',', 1)[-1].strip()})"
     for name, load in DATA_SETS.items():
         yield "data", name, _first_sentence(load)
     for name, metric in metrics.METRICS.items():

@@ -26,12 +26,11 @@ X = RNG.standard_normal((STEPS, BATCH, 3, 8, 8))
 Y = RNG.integers(0, CLASSES, (STEPS, BATCH))
 
 
-def build(backend: Backend, name: str, dtype: DType = "float32") -> Model:
+def build(backend: Backend, name: str, dtype: DType = "float32", width: int = 8) -> Model:
     """A narrow model of the zoo; its running statistics are not the trivial ones."""
-    model = zoo.build(name, backend, CLASSES, seed=1, width=8)
-    arrays = {
-        n: a + np.linspace(0, 0.3, a.size).astype(np.float32) for n, a in backend.read(model).items() if a.ndim == 1
-    }
+    model = zoo.build(name, backend, CLASSES, seed=1, width=width)
+    vectors = {n: array for n, array in backend.read(model).items() if array.ndim == 1}
+    arrays = {n: array + np.linspace(0, 0.3, array.size).astype(np.float32) for n, array in vectors.items()}
     return backend.place(backend.write(model, arrays, partial=True), "cpu", dtype)
 
 
@@ -67,12 +66,17 @@ def test_weights_forward_and_gradients(torch_backend: Backend, paddle_backend: B
     assert relative(flat, other) <= tolerance("gradient").value
 
 
-@pytest.mark.parametrize("name", ["resnet18_small", "mobilenet_v2_small"])
-def test_gradients_in_float64(torch_backend: Backend, paddle_backend: Backend, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "train"),
+    # In train mode the last normalisations of a MobileNet see eight values on maps of one pixel: some variances are
+    # next to nothing, and a rounding before them is multiplied by a thousand.
+    [("resnet18_small", True), ("resnet50_small", True), ("mobilenet_v1_small", False), ("mobilenet_v2_small", False)],
+)
+def test_gradients_in_float64(torch_backend: Backend, paddle_backend: Backend, name: str, train: bool) -> None:
     found = []
     for backend in (torch_backend, paddle_backend):
         model = build(backend, name, "float64")
-        found.append(backend.gradients(model, [X[0]], labels_loss(backend, model, Y[0]), train=True))
+        found.append(backend.gradients(model, [X[0]], labels_loss(backend, model, Y[0]), train))
     for key, gradient in found[0].items():
         assert relative(gradient, found[1][key]) <= tolerance("gradient_float64").value, key
 
@@ -89,9 +93,14 @@ def trained(backend: Backend, name: str, settings: OptimizerSettings) -> tuple[d
     return backend.read(model), losses
 
 
-@pytest.mark.parametrize("name", ["resnet18_small", "mobilenet_v1_small"])
-def test_ten_steps_in_float64(torch_backend: Backend, paddle_backend: Backend, name: str) -> None:
-    settings = OptimizerSettings(momentum=0.9, weight_decay=0.0005)
+SGD = OptimizerSettings(momentum=0.9, weight_decay=0.0005)
+NESTEROV = OptimizerSettings(momentum=0.9, weight_decay=0.0005, nesterov=True)
+ADAMW = OptimizerSettings(kind="adamw", weight_decay=0.01)
+
+
+@pytest.mark.parametrize("settings", [SGD, NESTEROV, ADAMW], ids=["sgd", "nesterov", "adamw"])
+def test_ten_steps_in_float64(torch_backend: Backend, paddle_backend: Backend, settings: OptimizerSettings) -> None:
+    name = "resnet18_small"
     arrays, losses = trained(torch_backend, name, settings)
     other, other_losses = trained(paddle_backend, name, settings)
     allowed = tolerance("training_float64").value
@@ -141,16 +150,18 @@ def test_a_decision_of_one_framework_serves_the_other(
 @pytest.mark.parametrize("name", SMALL)
 def test_quantization(torch_backend: Backend, paddle_backend: Backend, name: str) -> None:
     batches = [[x.astype(np.float32)] for x in X[:3]]
+    # As many samples as a run compares: over a few, one flipped rounding weighs too much.
+    probe = X[:8].reshape(-1, 3, 8, 8).astype(np.float32)
     integers, steps, outputs = [], [], []
     for backend in (torch_backend, paddle_backend):
-        model = build(backend, name)
+        model = build(backend, name, width=16)
         quantizer = Quantizer(QuantizeStage())
         layers = backend.layers(model)
         thresholds = quantizer.observe(backend, model, quantizer.chosen(layers)[0], batches)
         decision = quantizer.decide(layers, backend.read(model), thresholds)
         integers.append(integer_weights(decision, backend.read(model)))
         steps.append({path: grid.step[0] for path, grid in decision.activations.items()})
-        outputs.append(logits(backend, quantizer.apply(backend, model, decision), batches[0][0]))
+        outputs.append(logits(backend, quantizer.apply(backend, model, decision), probe))
     assert integers[0]
     assert differing(integers[0], integers[1]) <= tolerance("integers").value
     assert steps[0].keys() == steps[1].keys()

@@ -1,0 +1,86 @@
+"""What the ResNet-50 cases share: the model, the example, our pruning, and the check of a pruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from benchmarks.harness import require
+from slimbridge.conformance.surgery import zeroed
+from slimbridge.decisions import PruneDecision
+from slimbridge.discovery import get_backend
+from slimbridge.graph import cost_of, count_parameters
+from slimbridge.parity.measure import relative
+from slimbridge.parity.tolerances import tolerance
+from slimbridge.plan import PruneStage
+from slimbridge.ports import Array, Backend, Model, tensors_in
+from slimbridge.prune import Pruner
+from slimbridge.zoo import build
+
+RATIO = 0.5
+CLASSES = 1000
+SHAPE = (1, 3, 224, 224)
+# 16 blocks with two inner widths each, the stem, and one residual stream for each of the four stages.
+FREE_GROUPS = 16 * 2 + 1 + 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """ResNet-50 with equal weights on either framework."""
+
+    framework: str
+
+    @cached_property
+    def backend(self) -> Backend:
+        """Ours."""
+        return get_backend(self.framework)
+
+    @cached_property
+    def model(self) -> Model:
+        """Never changed; each run takes a copy."""
+        return build("resnet50", self.backend, num_classes=CLASSES, seed=0)
+
+    @cached_property
+    def example(self) -> Array:
+        """One image of noise."""
+        return np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+
+    def copy(self) -> Model:
+        """A fresh model."""
+        return self.backend.clone(self.model)
+
+    def output(self, model: Model) -> Array:
+        """Logits of the example."""
+        return self.backend.ops.numpy(tensors_in(self.backend.forward(model, [self.example]).output)[0])
+
+    def prune(self, model: Model) -> tuple[Model, PruneDecision]:
+        """Trace, decide, apply in place: the job that is timed."""
+        pruner = Pruner(PruneStage(pruning_ratio=RATIO))
+        decision = pruner.decide(self.backend.trace(model, [self.example]), self.backend.read(model))
+        return pruner.apply(self.backend, model, decision), decision
+
+    def check_ours(self, result: tuple[Model, PruneDecision]) -> Mapping[str, int]:
+        """As `check_pruned`, and removing gives the outputs of zeroing."""
+        model, decision = result
+        facts = self.check_pruned(model)
+        silent = self.backend.write(self.copy(), zeroed(self.backend.read(self.model), decision))
+        figure, allowed = relative(self.output(model), self.output(silent)), tolerance("removal").value
+        require(figure <= allowed, f"removing differs from zeroing by {figure:.2g}, allowed {allowed:.2g}")
+        return facts
+
+    def check_pruned(self, model: Model) -> Mapping[str, int]:
+        """It runs, gives finite logits that are not all 0, and is smaller; parameters and MACs by our counter."""
+        logits = self.output(model)
+        require(logits.shape == (SHAPE[0], CLASSES), f"the pruned model gives shape {logits.shape}")
+        require(bool(np.isfinite(logits).all() and logits.any()), "the pruned model gives no finite, non-zero logits")
+        before = self.backend.read(self.model)
+        after = {name: array.shape for name, array in self.backend.read(model).items() if name in before}
+        require(after.keys() == before.keys(), f"{len(before) - len(after)} parameters are gone")
+        whole = count_parameters({name: array.shape for name, array in before.items()})
+        parameters = count_parameters(after)
+        require(parameters < whole, f"the pruned model has {parameters} parameters, {whole} before")
+        macs = cost_of(self.backend.trace(model, [self.example])).macs
+        return {"parameters after": parameters, "MACs after": macs}

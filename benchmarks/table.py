@@ -1,0 +1,69 @@
+"""RESULTS.md from the records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.harness import summary
+from benchmarks.memory import HOW
+from benchmarks.records import CaseRecord, Environment, Results, Row, SeriesRecord
+
+_HEAD = f"""# Benchmarks
+
+Made by `python -m benchmarks`; every number is in `results.json` too.
+
+Each result is checked before anything is timed; a wrong one stops the case. Competitors of one framework share a
+process and take turns (A B A B ...); frameworks have processes of their own and are not compared with each other.
+Times are medians, IQR is the interquartile range, the ratio is the row's median over the first row's. Building and
+copying the model, imports and the warm-up runs are not timed.
+
+{HOW}
+"""
+
+
+def markdown(results: Results) -> str:
+    """The whole page."""
+    parts = [_HEAD]
+    for name, case in results.cases.items():
+        parts.extend(_case(name, case))
+    return "\n".join(parts)
+
+
+def _case(name: str, case: CaseRecord) -> Iterator[str]:
+    yield f"## {name}\n\n{case.title}\n\n{_environment(case.environment)}\n"
+    for framework, series in case.series.items():
+        yield f"### {framework}\n\n{_series(series)}\n\n{table(series)}\n"
+
+
+def _environment(item: Environment) -> str:
+    return (
+        f"{item.processor}, {item.cores} cores, {item.memory_gib:.0f} GiB; {item.system}, Python {item.python}; "
+        f"commit {item.commit}; {item.date}."
+    )
+
+
+def _series(item: SeriesRecord) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in item.versions.items())
+    settings = "".join(f", {name}={value}" for name, value in item.settings.items())
+    return (
+        f"{versions}; threads: {item.threads}{settings}; {len(item.rows[0].seconds)} repetitions after "
+        f"1 checked and {item.warmup} warm-up runs; load average {item.load_before:.1f} before, "
+        f"{item.load_after:.1f} after."
+    )
+
+
+def table(series: SeriesRecord) -> str:
+    """One row for each competitor, the columns of facts in the order of the first row."""
+    facts = list(dict.fromkeys(key for row in series.rows for key in row.facts))
+    head = ["competitor", "median ms", "IQR ms", "ratio to ours", *facts, "peak extra memory MB", "notes"]
+    first, _ = summary(series.rows[0].seconds)
+    lines = [head, ["---", *["---:"] * (len(head) - 2), "---"]]
+    lines += [_cells(row, facts, first) for row in series.rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cells(row: Row, facts: list[str], first: float) -> list[str]:
+    median, spread = summary(row.seconds)
+    numbers = [f"{row.facts[key]:,}" if key in row.facts else "" for key in facts]
+    memory = "not measured" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 1e6:.0f}"
+    return [row.name, f"{median:.1f}", f"{spread:.1f}", f"{median / first:.2f}", *numbers, memory, row.note]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--case NAME] [--repeats N]`: run cases, write RESULTS.md and results.json."""
+"""`python -m benchmarks [--case NAME] [--repeats N] [--threads N]`: run cases, write RESULTS.md and results.json."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from benchmarks.table import markdown
 from benchmarks.worker import run_series
 
 REPEATS = 9
+THREADS = 1  # with more, a busy core makes every parallel loop wait for it, and times vary tenfold
 
 
 def environment() -> Environment:
@@ -32,10 +33,10 @@ def environment() -> Environment:
     )
 
 
-def run_case(item: Case, repeats: int) -> CaseRecord:
+def run_case(item: Case, repeats: int, threads: int) -> CaseRecord:
     """All series of a case, one framework after the other; errors as in `run_series`."""
     found = environment()
-    series = {framework: run_series(item.name, framework, repeats) for framework in item.series}
+    series = {framework: run_series(item.name, framework, repeats, threads) for framework in item.series}
     return CaseRecord(title=item.title, environment=found, series=series)
 
 
@@ -46,17 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--case", action="append", metavar="NAME", help=f"one of: {', '.join(cases())}; may be given again"
     )
     parser.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help="timed runs (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=THREADS, metavar="N", help="of an operation (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="of the results")
     options = parser.parse_args(arguments)
     data = options.output / "results.json"
     try:
-        require(options.repeats >= 1, f"--repeats must be at least 1, found {options.repeats}")
+        for word in ("repeats", "threads"):
+            found = getattr(options, word)
+            require(found >= 1, f"--{word} must be at least 1, found {found}")
         require(options.output.is_dir(), f"--output: '{options.output}' is not a folder")
         chosen = [case(name) for name in options.case or cases()]
         results = read_results(data)
         for item in chosen:
             print(f"{item.name}: {options.repeats} repetitions ...", flush=True)
-            results = results.with_case(item.name, run_case(item, options.repeats))
+            results = results.with_case(item.name, run_case(item, options.repeats, options.threads))
             data.write_text(results.model_dump_json(indent=1) + "\n")
             (options.output / "RESULTS.md").write_text(markdown(results))
     except BenchmarkError as error:

@@ -11,11 +11,10 @@ from typing import Any
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
-HOW = (
-    "Peak extra memory: the process's resident high-water mark (VmHWM, reset through /proc/self/clear_refs) minus its "
-    "resident size at the start, over one run after one unmeasured run, in a process of its own for each competitor; "
-    "the larger of two runs. Memory that an allocator had kept from the unmeasured run is not counted."
-)
+HOW = """\
+Peak extra memory: the process's resident high-water mark (VmHWM, reset through /proc/self/clear_refs) minus its
+resident size at the start, over one run after one unmeasured run, in a process of its own for each competitor; the
+larger of two runs. Memory that an allocator had kept from the unmeasured run is not counted."""
 
 
 def peak_extra(run: Callable[[Any], Any], prepared: Any) -> int | None:

@@ -15,7 +15,8 @@ Made by `python -m benchmarks`; every number is in `results.json` too.
 Each result is checked before anything is timed; a wrong one stops the case. Competitors of one framework share a
 process and take turns (A B A B ...); frameworks have processes of their own and are not compared with each other.
 Times are medians, IQR is the interquartile range, the ratio is the row's median over the first row's. Building and
-copying the model, imports and the warm-up runs are not timed.
+copying the model, imports and the warm-up runs are not timed. A load average above the number of threads means that
+other programs were running too: such times are too long, and parallel ones can be many times too long.
 
 {HOW}
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -61,25 +62,32 @@ def memory_of(name: str, framework: str, competitor: str) -> int | None:
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
-def run_series(name: str, framework: str, repeats: int) -> SeriesRecord:
+def run_series(name: str, framework: str, repeats: int, threads: int) -> SeriesRecord:
     """A whole series: one process that times, then one for each competitor's memory.
+
+    Args:
+        name: of the case.
+        framework: one that the case has a series for.
+        repeats: timed runs of each competitor.
+        threads: that one operation may use, through the variables of OpenMP and MKL.
 
     Raises:
         BenchmarkError: a process failed; the error ends with the last lines that it wrote.
     """
-    timed = SeriesRecord.model_validate_json(_process(name, framework, "--repeats", str(repeats)))
+    timed = SeriesRecord.model_validate_json(_process(threads, name, framework, "--repeats", str(repeats)))
     rows = []
     for row in timed.rows:
-        answer = _Memory.model_validate_json(_process(name, framework, "--memory", row.name))
+        answer = _Memory.model_validate_json(_process(threads, name, framework, "--memory", row.name))
         rows.append(row.model_copy(update={"peak_extra_bytes": answer.bytes}))
     return timed.model_copy(update={"rows": tuple(rows)})
 
 
-def _process(name: str, framework: str, *arguments: str) -> bytes:
+def _process(threads: int, name: str, framework: str, *arguments: str) -> bytes:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "benchmarks.worker", name, framework, str(answer), *arguments]
-        done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True)
         if done.returncode != 0 or not answer.is_file():
             tail = "\n".join(done.stderr.strip().splitlines()[-3:])
             raise BenchmarkError(f"case '{name}', {framework}: the process ended with {done.returncode}\n{tail}")

@@ -28,7 +28,7 @@ def digest_of(arrays: Mapping[str, Array]) -> str:
     """SHA-256 over names, types, shapes and bytes, 64 hex digits; equal arrays have equal digests."""
     sha = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name], order="C")
         sha.update(f"{name} {array.dtype.str} {array.shape} ".encode())
         sha.update(array.tobytes())
     return sha.hexdigest()
@@ -45,11 +45,11 @@ def save_weights(path: Path, arrays: Mapping[str, Array], decision: QuantizeDeci
     Raises:
         RunError: the file cannot be written.
     """
-    stored = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    stored = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     if decision is not None:
         stored.update(integer_weights(decision, arrays))
         for name, grid in decision.weights.items():
-            stored[name + STEP] = np.ascontiguousarray(step_array(grid, stored[name].ndim))
+            stored[name + STEP] = np.asarray(step_array(grid, stored[name].ndim), order="C")
     write_file(path, save(stored))
 
 

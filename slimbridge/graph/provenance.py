@@ -229,7 +229,7 @@ def _reshape(walk: Walk, node: Node) -> None:
         changing = [axis for axis in old if varies(ids, axis)]
         if not changing:
             continue
-        if walk.freeze_reshapes and (len(old), len(new)) != (1, 1):
+        if walk.freeze_reshapes:
             walk.ledger.freeze(ids, f"its width is written into {where(node)}")
         elif len(old) > 1 and len(new) > 1:
             walk.ledger.freeze(ids, f"channels are mixed with other axes by {where(node)}")

@@ -92,8 +92,9 @@ def find_units(graph: Graph, freeze_reshapes: bool = False) -> Units:
 
     Args:
         graph: the traced model.
-        freeze_reshapes: freeze channels that a reshape or split cuts or merges, for models that write the
-            extents into their code (a computed extent cannot be told from a written one in a trace).
+        freeze_reshapes: freeze channels that pass through a reshape or split, also one that keeps their axis whole,
+            for models that write the extents into their code (`reshape(x, (-1, 512))`; a computed extent cannot be
+            told from a written one in a trace).
     """
     walk = Walk(graph, freeze_reshapes).run()
     ledger = walk.ledger

@@ -68,8 +68,11 @@ def _follow(root: type[BaseModel], location: tuple[int | str, ...]) -> tuple[lis
             path += f"[{part}]"
             continue
         named = [model for model in models if part in (model.__name__, _tag(model))]
-        if named and part not in {name for model in models for name in model.model_fields}:
+        # Among several classes the part says which one; "finetune" is a stage's kind and a key of another stage.
+        if named and (len(models) > 1 or part not in models[0].model_fields):
             current = list(named)
+            continue
+        if part.startswith("literal["):
             continue
         if not models and part not in ("", *path.split(".")) and not part.isidentifier():
             continue

@@ -37,8 +37,9 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Replace the checkpoint file, all or nothing; RunError when it cannot be written."""
-    arrays = {f"w/{name}": np.ascontiguousarray(array) for name, array in checkpoint.weights.items()}
-    arrays.update({f"o/{name}": np.ascontiguousarray(array) for name, array in checkpoint.optimizer.items()})
+    # Not ascontiguousarray, which would give a 0-d array (an optimizer's step) an axis.
+    arrays = {f"w/{name}": np.asarray(array, order="C") for name, array in checkpoint.weights.items()}
+    arrays.update({f"o/{name}": np.asarray(array, order="C") for name, array in checkpoint.optimizer.items()})
     history = json.dumps(_HISTORY.dump_python(checkpoint.history, mode="json"))
     arrays["history"] = np.frombuffer(history.encode(), np.uint8)
     write_file(path, save(arrays))

@@ -106,7 +106,7 @@ def test_the_table_has_a_row_for_each_competitor_and_the_ratio_to_the_first() ->
 def test_the_page_says_where_and_with_what_it_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(program, "run_series", lambda name, framework, repeats: series())
+    monkeypatch.setattr(program, "run_series", lambda name, framework, repeats, threads: series())
     assert program.main(["--case", "prune_resnet50", "--repeats", "4", "--output", str(tmp_path)]) == 0
     page = (tmp_path / "RESULTS.md").read_text()
     for part in ("numpy 1.26.4", "threads: 2", "OMP_NUM_THREADS=2", "4 repetitions", "load average 0.2 before, 1.3"):
@@ -117,7 +117,7 @@ def test_the_page_says_where_and_with_what_it_ran(
 
 
 def test_a_case_that_is_not_run_keeps_its_earlier_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "run_series", lambda name, framework, repeats: series())
+    monkeypatch.setattr(program, "run_series", lambda name, framework, repeats, threads: series())
     for name in cases():
         assert program.main(["--case", name, "--output", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "results.json").read_text())
@@ -133,7 +133,7 @@ def test_a_wrong_name_gives_the_nearest_and_writes_nothing(tmp_path: Path, capsy
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--output", "/nowhere/at/all"]])
+@pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--threads", "0"], ["--output", "/nowhere/at/all"]])
 def test_bad_options_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(arguments) == 1
     assert arguments[0] in capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_a_results_file_that_is_something_else_is_refused(tmp_path: Path) -> Non
 
 def test_a_failing_process_is_reported_with_its_own_words() -> None:
     with pytest.raises(BenchmarkError, match="no series for 'jax'; it has: torch, paddle"):
-        worker.run_series("prune_resnet50", "jax", 1)
+        worker.run_series("prune_resnet50", "jax", 1, 1)
 
 
 def test_every_case_compares_ours_with_another_on_both_frameworks() -> None:

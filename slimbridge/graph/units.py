@@ -52,10 +52,12 @@ class Units:
 
     def kept(self, removed: Collection[int]) -> dict[str, dict[int, tuple[int, ...]]]:
         """Parameter -> axis -> entries that stay, for the parameters that lose any."""
-        gone = np.fromiter(removed, np.int64, len(removed))
+        highest = max((int(units.max(initial=0)) for units in self.touched.values()), default=0)
+        stays_of = np.ones(highest + 1, dtype=bool)
+        stays_of[np.fromiter(removed, np.int64, len(removed))] = False
         result: dict[str, dict[int, tuple[int, ...]]] = {}
         for (name, axis), units in sorted(self.touched.items()):
-            stays = ~np.isin(units, gone)
+            stays = stays_of[units]
             if not stays.all():
                 result.setdefault(name, {})[axis] = tuple(np.flatnonzero(stays).tolist())
         return result

@@ -11,7 +11,7 @@ from slimbridge.graph import ChannelGroup, Graph, Units, find_units
 from slimbridge.plan.registries import IMPORTANCES
 from slimbridge.plan.schema import PruneStage
 from slimbridge.ports import Array, Backend, Model
-from slimbridge.prune.select import least_important, remove_count, unit_importance
+from slimbridge.prune.select import last_of_each_layer, least_important, remove_count, unit_importance
 
 
 class Pruner:
@@ -32,18 +32,20 @@ class Pruner:
             ModelError: a pattern matches no layer, a weight is not finite, or no channel of any layer may go.
         """
         units = find_units(graph, freeze_reshapes)
+        groups = units.groups()
         ignored = self._ignored(units)
         importance = IMPORTANCES.get(self.stage.importance)
         removed: set[int] = set()
         choices = []
-        for group in units.groups():
+        for group in groups:
             if ignored.intersection(group.layers):
                 continue
             count = remove_count(group.units.size, self.stage.pruning_ratio)
-            chosen = least_important(unit_importance(group, weights, importance), count)
+            values = unit_importance(group, weights, importance)
+            chosen = least_important(values, count, last_of_each_layer(group, values))
             removed.update(group.units[chosen].tolist())
             choices.append(GroupChoice(layers=group.layers, channels=group.units.size, removed=tuple(chosen.tolist())))
-        skipped = tuple(self._skipped(units, ignored))
+        skipped = tuple(self._skipped(units, groups, ignored))
         if not removed:
             raise ModelError(self._nothing(choices, skipped))
         kept = units.kept(removed)
@@ -104,8 +106,8 @@ class Pruner:
             ignored.update(matched)
         return ignored
 
-    def _skipped(self, units: Units, ignored: set[str]) -> Iterator[Skipped]:
-        shared = {layer: group for group in units.groups() for layer in group.layers}
+    def _skipped(self, units: Units, groups: Sequence[ChannelGroup], ignored: set[str]) -> Iterator[Skipped]:
+        shared = {layer: group for group in groups for layer in group.layers}
         for producer in units.producers:
             reason = units.why_frozen(producer)
             if reason is None:

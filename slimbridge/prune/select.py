@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,17 +40,42 @@ def unit_importance(group: ChannelGroup, weights: Mapping[str, Array], importanc
     order = np.argsort(group.units, kind="stable")
     for producer in group.producers:
         weight = weights[producer.weight]
-        if not np.isfinite(weight).all():
+        values = importance(weight)
+        if not np.isfinite(values).all():  # NaN and infinity in a weight show in its importance
             bad = int(np.size(weight) - np.isfinite(weight).sum())
             raise ModelError(f"layer '{producer.layer}': {bad} of {weight.size} entries of its weight are not finite")
         place = np.searchsorted(group.units, producer.units, sorter=order)
         place = order[np.minimum(place, order.size - 1)]
         inside = group.units[place] == producer.units
-        np.add.at(total, place[inside], importance(weight)[inside])
+        np.add.at(total, place[inside], values[inside])
         np.add.at(count, place[inside], 1.0)
     return np.asarray(total / np.maximum(count, 1.0))
 
 
-def least_important(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """Positions of the `count` smallest values, ascending; of equal values the one with the lower index goes first."""
-    return np.sort(np.argsort(values, kind="stable")[:count])
+def least_important(values: NDArray[np.float64], count: int, stays: Collection[int] = frozenset()) -> NDArray[np.int64]:
+    """Positions of the `count` smallest values, ascending; of equal values the one with the lower index goes first.
+
+    Args:
+        values: importances, shape (units,).
+        count: how many; fewer are given where fewer may go.
+        stays: positions that are passed over.
+    """
+    order = np.argsort(values, kind="stable")
+    return np.sort(order[~np.isin(order, list(stays))][:count])
+
+
+def last_of_each_layer(group: ChannelGroup, values: NDArray[np.float64]) -> set[int]:
+    """Positions of the units without which a layer of the group could lose all its channels.
+
+    Layers of unequal width share a group when their channels are joined and then added to others: the most
+    important unit of each of them stays (of equal ones that with the highest index). A layer that has channels
+    outside the group keeps those.
+    """
+    order = np.argsort(values, kind="stable")
+    ranked = group.units[order]
+    stays = set()
+    for producer in group.producers:
+        own = np.isin(ranked, producer.units)
+        if np.isin(producer.units, group.units).all():
+            stays.add(int(order[np.flatnonzero(own)[-1]]))
+    return stays

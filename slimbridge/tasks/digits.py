@@ -15,7 +15,7 @@ LEVELS = 16.0
 """Largest grey value of the original images."""
 
 
-def load(channels: int = 3, image_size: int = SIDE) -> Data:
+def load(channels: int = 3, image_size: int = SIDE, shifts: bool = False) -> Data:
     """The digits, a stratified quarter of them (450) for the test, always the same ones.
 
     Pixels are scaled to 0..1 and then normalised by the mean and the standard deviation of all pixels of the
@@ -25,24 +25,42 @@ def load(channels: int = 3, image_size: int = SIDE) -> Data:
         channels: 1, or 3 for the grey value three times.
         image_size: side in pixels, at least 8; larger images are interpolated bilinearly (pixel centres at halves,
             borders repeated).
+        shifts: train also on each image moved by one of the original pixels to each of the four sides, which makes
+            5 times as many.
 
     Raises:
         DataError: channels or image_size is not allowed.
     """
     if channels not in (1, 3):
         raise DataError(f"digits: channels must be 1 or 3, found {channels!r}")
+    if not isinstance(shifts, bool):
+        raise DataError(f"digits: shifts must be true or false, found {shifts!r}")
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < SIDE:
         raise DataError(f"digits: image_size must be an integer of at least {SIDE}, found {image_size!r}")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images, targets = _enlarged(digits.images / LEVELS, image_size), digits.target.astype(np.int64)
+    images, targets = digits.images / LEVELS, digits.target.astype(np.int64)
     rows = train_test_split(np.arange(len(targets)), test_size=0.25, stratify=targets, random_state=0)
-    mean, std = images[rows[0]].mean(), images[rows[0]].std()
-    inputs = np.repeat(((images - mean) / std)[:, None], channels, axis=1).astype(np.float32)
-    train, test = (Split(inputs[part], targets[part]) for part in rows)
-    return Data(train, test, num_classes=10, name="digits")
+    mean, std = (statistic(_enlarged(images[rows[0]], image_size)) for statistic in (np.mean, np.std))
+    parts = []
+    for part, moved in zip(rows, (shifts, False), strict=True):
+        moves = _MOVES if moved else _MOVES[:1]
+        taken = np.concatenate([_moved(images[part], *move) for move in moves])
+        inputs = np.repeat(((_enlarged(taken, image_size) - mean) / std)[:, None], channels, axis=1)
+        parts.append(Split(inputs.astype(np.float32), np.tile(targets[part], len(moves))))
+    return Data(parts[0], parts[1], num_classes=10, name="digits")
+
+
+_MOVES = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
+
+
+def _moved(images: NDArray[Any], down: int, right: int) -> NDArray[Any]:
+    """(N, H, W) moved by that many pixels, background (0) coming in at the border."""
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
+    height, width = images.shape[1:]
+    return padded[:, 1 - down : 1 - down + height, 1 - right : 1 - right + width]
 
 
 def _enlarged(images: NDArray[Any], size: int) -> NDArray[np.float64]:

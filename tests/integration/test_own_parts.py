@@ -123,5 +123,5 @@ def test_nan_weights_are_named(parts: tuple[Any, Any, Any]) -> None:
     weight = side.read(parts[0])["0.weight"]
     weight[0, 0, 0, 0] = np.nan
     side.write(parts[0], {"0.weight": weight}, partial=True)
-    with pytest.raises(sb.SlimbridgeError, match="NaN|not finite"):
+    with pytest.raises(sb.SlimbridgeError, match=r"NaN|not finite"):
         sb.compress(parts[0], PLAN, data=(striped(), striped(32)))

@@ -60,7 +60,7 @@ CASES: dict[str, tuple[Array, Callable[[Any, Any, Any], Any], Array, Reference]]
 
 
 class Free:
-    """A model whose output on unit vectors is its weight, so that the gradient of a loss in its output is the weight's."""
+    """A model whose output on unit vectors is its weight: a loss's gradient in the output is that of the weight."""
 
     def __init__(self, backend: Backend, device: Device, values: Array) -> None:
         rows, columns = values.shape[0], values.size // values.shape[0]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -522,7 +522,6 @@ BLOCKS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(BLOCKS, st.sampled_from([4, 6, 8]), st.floats(0.3, 0.9), st.integers(0, 1000))
 def test_removing_equals_zeroing_on_random_nets(blocks: list[str], width: int, ratio: float, seed: int) -> None:
     """In float64; every entry that stays is the old one."""

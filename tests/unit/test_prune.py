@@ -117,6 +117,39 @@ def test_equal_filters_go_by_index(torch_backend: Backend) -> None:
 # The pruner
 
 
+class Joined(nn.Module):
+    """Two layers joined, and their sum with a third: one group, of which each of the two holds a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1)
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x: Any) -> Any:
+        return self.fc((torch.cat([self.a(x), self.b(x)], 1) + self.c(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.6, 0.75, 0.95])
+def test_no_layer_loses_all_its_channels(torch_backend: Backend, ratio: float) -> None:
+    """Even where the whole of one layer matters less than any channel of the others."""
+    model = Joined()
+    with torch.no_grad():
+        for layer in (model.a, model.c):
+            layer.weight.mul_(1e-3)
+        model.c.weight[:4].mul_(1e-3)
+    pruned, decision = Pruner(PruneStage(pruning_ratio=ratio)).prune(torch_backend, model, [X])
+    (choice,) = decision.groups
+    assert choice.channels == 8
+    assert len(choice.removed) == min(remove_count(8, ratio), 6)
+    widths = {name: len(decision.kept.get(f"{name}.weight", {}).get(0, range(4))) for name in "ab"}
+    assert min(widths.values()) == 1
+    weight = np.abs(model.a.weight.detach().numpy()).mean((1, 2, 3)) + np.abs(model.c.weight.detach().numpy()[:4]).mean(
+        (1, 2, 3)
+    )
+    assert decision.kept["a.weight"] == {0: (int(weight.argmax()),)}, "the most important one stays"
+    assert torch_backend.forward(pruned, [X]).output.shape == (2, 2)
+
+
 def test_what_is_kept_is_written_for_each_parameter(torch_backend: Backend) -> None:
     decision = decide(torch_backend, plain(), 0.5)
     gone = set(decision.groups[0].removed)

@@ -19,9 +19,13 @@ class Namespace:
     ReLU: Any = paddle.nn.ReLU
     ReLU6: Any = paddle.nn.ReLU6
     Identity: Any = paddle.nn.Identity
-    Linear: Any = paddle.nn.Linear
     BatchNorm2d: Any = paddle.nn.BatchNorm2D
     Dropout: Any = paddle.nn.Dropout
+
+    @staticmethod
+    def Linear(in_features: int, out_features: int, bias: bool = True) -> Any:  # noqa: N802
+        """Weight (in, out) inside Paddle, (out, in) in the canonical layout."""
+        return paddle.nn.Linear(in_features, out_features, bias_attr=None if bias else False)
 
     @staticmethod
     def Conv2d(  # noqa: N802

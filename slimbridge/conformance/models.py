@@ -106,7 +106,7 @@ def statistics_names(bench: Bench) -> None:
 
 @case("forward: eval mode, features by path")
 def capture(bench: Bench) -> None:
-    """Captured features equal the layer's output; the mode is left alone; a wrong path is refused."""
+    """Captured features equal the layer's output; samples do not see each other; a wrong path is refused."""
     backend = bench.backend
     model = topology(bench, "residual")
     x = image()

@@ -141,6 +141,22 @@ class Gate(Part):
         return x * self.place(x)
 
 
+class JoinedSum(Part):
+    """Two branches joined, and added to a third of their whole width: layers that share a group unequally."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn = self.nn
+        self.narrow = conv_bn(nn, 3, WIDTH // 4)
+        self.left = conv_bn(nn, 3, WIDTH)
+        self.whole = conv_bn(nn, 3, WIDTH + WIDTH // 4)
+        self.last = nn.Conv2d(WIDTH + WIDTH // 4, WIDTH, 1)
+
+    def forward(self, x: Any) -> Any:
+        """Concatenation, then addition."""
+        return self.nn.relu(self.last(self.nn.concat([self.narrow(x), self.left(x)], 1) + self.whole(x)))
+
+
 def conv_bn(nn: Any, inputs: int, outputs: int) -> Any:
     """A 3x3 convolution without bias and its normalisation."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs))
@@ -210,6 +226,7 @@ TOPOLOGIES: tuple[Topology, ...] = (
     Topology("flatten head", _chain, 2 * WIDTH * (SIZE // 2) ** 2, "flatten"),
     Topology("residual", lambda nn: make(nn, Residual), 2 * WIDTH),
     Topology("concat", lambda nn: make(nn, Concat), WIDTH),
+    Topology("concat and sum", lambda nn: make(nn, JoinedSum), WIDTH),
     Topology("depthwise", _depthwise, 4 * WIDTH),
     Topology("grouped", _grouped, WIDTH),
     Topology("channel shuffle", lambda nn: make(nn, Shuffle), WIDTH),

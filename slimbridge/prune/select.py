@@ -72,6 +72,8 @@ def last_of_each_layer(group: ChannelGroup, values: NDArray[np.float64]) -> set[
     outside the group keeps those.
     """
     order = np.argsort(values, kind="stable")
+    if all(producer.units.size == group.units.size for producer in group.producers):
+        return {int(order[-1])}
     ranked = group.units[order]
     stays = set()
     for producer in group.producers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,22 @@ def test_checking_optimizer_shapes_is_still_needed() -> None:
     before = optimizer._accumulators["velocity"][layer.weight.name].shape
     optimizer.step()  # no error
     assert (before, layer.weight.shape) == ([3, 2], [3, 1])
+
+
+def test_leaving_call_stacks_out_is_still_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paddle asks for a stack at each captured operation; with the shim it gets none, and all is put back."""
+    calls = []
+    original = traceback.extract_stack
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(traceback, "extract_stack", counted)
+    model = nn.Linear(2, 2)
+    capture._translated(model, [([1, 2], "float32")])
+    assert calls
+    calls.clear()
+    capture.capture(model, [np.zeros((1, 2), np.float32)])
+    assert not calls
+    assert traceback.extract_stack is counted

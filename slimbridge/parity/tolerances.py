@@ -50,6 +50,9 @@ TOLERANCES: dict[str, Tolerance] = {
     "gradient": Tolerance(1e-4, RELATIVE, "float32 sums over batch and space in different orders, forward and back"),
     "gradient_float64": Tolerance(1e-9, RELATIVE, "float64 sums in different orders"),
     "operation": Tolerance(1e-6, RELATIVE, "one float32 operation against NumPy in float64"),
+    "operation_float64": Tolerance(1e-12, RELATIVE, "a few float64 operations against NumPy's, summed in other orders"),
+    "finite_difference": Tolerance(1e-5, RELATIVE, "the error of a central difference in float64"),
+    "sampling": Tolerance(4.0, "standard errors", "a statistic of random draws; four standard errors in 16,000 cases"),
     "removal": Tolerance(
         2e-5, RELATIVE, "removing channels equals zeroing them up to the order of summation over fewer channels"
     ),

@@ -16,13 +16,6 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 FRAMEWORKS = {"torch": {"torch", "torchao", "torch_pruning"}, "paddle": {"paddle", "paddleslim"}}
 LONGEST = 400
 KEYWORDS = {"atol", "rtol", "rel", "abs", "rel_tol", "abs_tol"}
-# Tests of one framework against NumPy, which compare to the precision of one operation or of a finite difference.
-OWN_PRECISION = {
-    "test_paddle_backend.py",
-    "test_paddle_compat.py",
-    "test_torch_backend.py",
-    "test_zoo.py",
-}
 
 
 def tree(path: Path) -> ast.Module:
@@ -113,12 +106,6 @@ def literals(path: Path) -> list[int]:
     return lines
 
 
-@pytest.mark.parametrize("path", [path for path in TESTS if path.name not in OWN_PRECISION], ids=label)
+@pytest.mark.parametrize("path", TESTS, ids=label)
 def test_tolerances_come_from_the_table(path: Path) -> None:
     assert literals(path) == []
-
-
-@pytest.mark.parametrize("name", sorted(OWN_PRECISION))
-def test_an_exception_that_is_no_longer_needed_goes(name: str) -> None:
-    (path,) = [path for path in TESTS if path.name == name]
-    assert literals(path)

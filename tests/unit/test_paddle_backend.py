@@ -12,7 +12,12 @@ paddle = pytest.importorskip("paddle", reason="PaddlePaddle is an optional extra
 import slimbridge_paddle  # noqa: E402
 from slimbridge.decisions import PruneDecision, QuantizeDecision, QuantParams  # noqa: E402
 from slimbridge.errors import BackendError, ModelError  # noqa: E402
+from slimbridge.parity import tolerance  # noqa: E402
 from slimbridge.ports import Backend, OptimizerSettings, Pass  # noqa: E402
+
+PRECISE = tolerance("operation_float64").value
+STEPPED = tolerance("finite_difference").value
+SINGLE = tolerance("operation").value
 
 nn = paddle.nn
 F = paddle.nn.functional
@@ -169,7 +174,7 @@ def test_gradients_against_differences(backend: Any, train: bool) -> None:
             backend.write(model, {name: array}, partial=True)
             values.append(float((backend.forward(model, [x]).output ** 2).mean()))
         backend.write(model, {name: before[name]}, partial=True)
-        assert found[name][index] == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
+        assert found[name][index] == pytest.approx((values[0] - values[1]) / 2e-5, rel=STEPPED)
 
 
 def test_clone_is_independent_and_keeps_quantization(backend: Any) -> None:
@@ -223,7 +228,7 @@ def test_optimizers_follow_the_formula(backend: Any, settings: OptimizerSettings
     for x in xs:
         backend.train_step(model, optimizer, [x], square)
     grads = [lambda w, x=x: 2 * (x @ w.T).T @ x / (4 * 2) for x in xs]
-    np.testing.assert_allclose(backend.read(model)["weight"], reference(settings, w, grads, 0.05), rtol=1e-12)
+    np.testing.assert_allclose(backend.read(model)["weight"], reference(settings, w, grads, 0.05), rtol=PRECISE)
 
 
 def test_a_parameters_own_regularizer_does_not_count(backend: Any) -> None:
@@ -233,7 +238,7 @@ def test_a_parameters_own_regularizer_does_not_count(backend: Any) -> None:
     optimizer = backend.make_optimizer(model, OptimizerSettings(momentum=0.0))
     optimizer.set_lr(0.1)
     backend.train_step(model, optimizer, [x], square)
-    np.testing.assert_allclose(backend.read(model)["weight"], w - 0.1 * (x @ w.T).T @ x, rtol=1e-12)
+    np.testing.assert_allclose(backend.read(model)["weight"], w - 0.1 * (x @ w.T).T @ x, rtol=PRECISE)
     assert model.weight.regularizer is not None
 
 
@@ -295,8 +300,8 @@ def test_running_statistics_are_unbiased(backend: Any) -> None:
             mean = 0.9 * mean + 0.1 * batch.mean((0, 2, 3))
             variance = 0.9 * variance + 0.1 * batch.var((0, 2, 3), ddof=1)
     found = backend.read(model)
-    np.testing.assert_allclose(found["bn.running_mean"], mean, rtol=1e-13)
-    np.testing.assert_allclose(found["bn.running_var"], variance, rtol=1e-13)
+    np.testing.assert_allclose(found["bn.running_mean"], mean, rtol=PRECISE)
+    np.testing.assert_allclose(found["bn.running_var"], variance, rtol=PRECISE)
     assert not model.bn._forward_pre_hooks and not model.bn._forward_post_hooks
 
 
@@ -358,7 +363,10 @@ def test_surgery_equals_zeroing(backend: Any) -> None:
     backend.remove_channels(model, prune(backend, model, small_kept()))
     assert model.conv.weight is before and backend.read(model)["fc.weight"].shape == (5, 48)
     np.testing.assert_allclose(
-        backend.forward(model, [x]).output.numpy(), backend.forward(zeroed, [x]).output.numpy(), rtol=1e-12, atol=1e-12
+        backend.forward(model, [x]).output.numpy(),
+        backend.forward(zeroed, [x]).output.numpy(),
+        rtol=PRECISE,
+        atol=PRECISE,
     )
     assert (model.conv._out_channels, model.bn._num_features) == (3, 3)
     assert (model.dw._groups, model.dw._in_channels, model.dw._out_channels) == (3, 3, 3)
@@ -393,7 +401,13 @@ def test_training_goes_on_as_if_sliced_by_hand(backend: Any, settings: Optimizer
         backend.train_step(fresh, other, [images(seed=seed)], square)
     expected = backend.read(fresh)
     for name, array in backend.read(model).items():
-        np.testing.assert_allclose(array, expected[name], rtol=1e-12, atol=1e-15, err_msg=name)
+        np.testing.assert_allclose(
+            array,
+            expected[name],
+            rtol=PRECISE,
+            atol=PRECISE,
+            err_msg=name,
+        )
 
 
 def test_an_optimizer_that_was_left_out_is_noticed(backend: Any) -> None:
@@ -417,7 +431,12 @@ def test_two_axes_groups_and_tied_weights(backend: Any) -> None:
     y = np.einsum("oi,oj,njhw->nihw", np.eye(2), w @ w, x)
     last = arrays["2.weight"][list((0, 2, 3, 4)), 1, 0, 0]
     expected = last[None, :, None, None] * y[:, [0, 0, 1, 1]] + arrays["2.bias"][[0, 2, 3, 4]][None, :, None, None]
-    np.testing.assert_allclose(backend.forward(model, [x]).output.numpy(), expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        backend.forward(model, [x]).output.numpy(),
+        expected,
+        rtol=PRECISE,
+        atol=PRECISE,
+    )
 
 
 def test_depthwise_down_to_one_channel(backend: Any) -> None:
@@ -480,7 +499,7 @@ def test_fake_quant_gradient_replacement_and_trace(backend: Any) -> None:
     x = paddle.to_tensor(images(), stop_gradient=False)
     (gradient,) = paddle.grad(model.conv(x).sum(), x)
     expected = F.conv2d_transpose(paddle.ones([4, 6, 4, 4], "float64"), model.conv.weight, padding=1)
-    np.testing.assert_allclose(gradient.numpy(), expected.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(gradient.numpy(), expected.numpy(), rtol=PRECISE)
     assert "unknown" not in {node.kind for node in backend.trace(model, [images()]).nodes}
     assert len(model.conv._forward_pre_hooks) == 1
     backend.insert_quant(model, activations())
@@ -517,10 +536,10 @@ def test_ops_against_numpy(backend: Any) -> None:
         for keepdims in (False, True):
             for name in ("sum", "mean", "max"):
                 found = ops.numpy(getattr(ops, name)(t, axis, keepdims))
-                np.testing.assert_allclose(found, getattr(np, name)(x, axis=axis, keepdims=keepdims), rtol=1e-14)
+                np.testing.assert_allclose(found, getattr(np, name)(x, axis=axis, keepdims=keepdims), rtol=PRECISE)
     soft = np.exp(x) / np.exp(x).sum(1, keepdims=True)
-    np.testing.assert_allclose(ops.numpy(ops.softmax(t, 1)), soft, rtol=1e-13)
-    np.testing.assert_allclose(ops.numpy(ops.log_softmax(t, 1)), np.log(soft), rtol=1e-12)
+    np.testing.assert_allclose(ops.numpy(ops.softmax(t, 1)), soft, rtol=PRECISE)
+    np.testing.assert_allclose(ops.numpy(ops.log_softmax(t, 1)), np.log(soft), rtol=PRECISE)
     assert np.array_equal(ops.numpy(ops.clip(t, -0.1, 0.3)), np.clip(x, -0.1, 0.3))
     assert np.array_equal(ops.numpy(ops.where(t > 0, t, -t)), np.abs(x))
     assert np.array_equal(ops.numpy(ops.transpose(t, (2, 0, 1))), x.transpose(2, 0, 1))
@@ -544,7 +563,7 @@ def test_namespace_builds_what_pytorch_would(backend: Any) -> None:
     pooled = layers.AvgPool2d(3, 2, 1)(x)
     padded = np.pad(np.arange(16.0).reshape(4, 4), 1)
     expected = [[padded[r : r + 3, c : c + 3].sum() / 9 for c in (0, 2)] for r in (0, 2)]
-    np.testing.assert_allclose(pooled.numpy()[0, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(pooled.numpy()[0, 0], expected, rtol=SINGLE)
     assert layers.Conv2d(4, 6, 3, groups=2, bias=False).bias is None
     assert layers.BatchNorm2d(3)._momentum == 0.9 and layers.BatchNorm2d(3)._epsilon == 1e-5
     assert layers.flatten(layers.AdaptiveAvgPool2d(1)(layers.MaxPool2d(2)(x)), 1).shape == [1, 1]

@@ -13,8 +13,13 @@ from torch.nn import functional
 
 from slimbridge.decisions import PruneDecision, QuantizeDecision, QuantParams
 from slimbridge.errors import BackendError, ModelError
+from slimbridge.parity import tolerance
 from slimbridge.ports import Backend, Optimizer, OptimizerSettings, Pass
 from slimbridge_torch import create
+
+PRECISE = tolerance("operation_float64").value
+STEPPED = tolerance("finite_difference").value
+SUMMED = tolerance("gradient_float64").value
 
 BACKEND = create()
 RNG = np.random.default_rng(7)
@@ -191,7 +196,11 @@ def test_gradients_match_differences_and_leave_the_model_alone() -> None:
             arrays[name].flat[3] += sign * step
             output = BACKEND.forward(BACKEND.write(BACKEND.clone(model), arrays), [x]).output
             losses.append(float((output**2).mean()))
-        assert found[name].flat[3] == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-5, abs=1e-9)
+        assert found[name].flat[3] == pytest.approx(
+            (losses[0] - losses[1]) / (2 * step),
+            rel=STEPPED,
+            abs=SUMMED,
+        )
     assert not found["spare.weight"].any()
     assert set(found) == {name for name, _ in model.named_parameters()}
     BACKEND.gradients(model, [x], squared, train=True)
@@ -251,10 +260,10 @@ def test_steps_match_the_published_formulas(settings: OptimizerSettings) -> None
             model, optimizer, [x], lambda p: {"mse": ((p.output - torch.tensor(target)) ** 2).mean()}
         )
         residual = x @ weight.T - target
-        assert terms["mse"] == pytest.approx((residual**2).mean(), rel=1e-12)
+        assert terms["mse"] == pytest.approx((residual**2).mean(), rel=PRECISE)
         gradient = 2 * residual.T @ x / residual.size
         weight = (sgd if settings.kind == "sgd" else adam)(weight, gradient, slots, settings)
-    np.testing.assert_allclose(BACKEND.read(model)["weight"], weight, rtol=1e-10)
+    np.testing.assert_allclose(BACKEND.read(model)["weight"], weight, rtol=SUMMED)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -355,12 +364,22 @@ def test_removing_channels_equals_zeroing_them() -> None:
     model, x = block(), images()
     expected = BACKEND.forward(zeroed(model, (1, 3, 4)), [x]).output
     assert BACKEND.remove_channels(model, kept_channels()) is model
-    torch.testing.assert_close(BACKEND.forward(model, [x]).output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        BACKEND.forward(model, [x]).output,
+        expected,
+        rtol=PRECISE,
+        atol=PRECISE,
+    )
     assert (model.conv.out_channels, model.bn.num_features, model.fc.in_features) == (3, 3, 48)
     assert (model.deep.in_channels, model.deep.out_channels, model.deep.groups) == (3, 3, 3)
     assert BACKEND.trace(model, [x]).parameters["deep.weight"] == (3, 1, 3, 3)
     restored = BACKEND.write(BACKEND.clone(model), BACKEND.read(model))
-    torch.testing.assert_close(BACKEND.forward(restored, [x]).output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        BACKEND.forward(restored, [x]).output,
+        expected,
+        rtol=PRECISE,
+        atol=PRECISE,
+    )
 
 
 def test_training_goes_on_after_removal_while_an_old_loss_is_alive() -> None:
@@ -601,7 +620,7 @@ OPS = {
 @pytest.mark.parametrize("name", OPS)
 def test_operations_match_numpy(name: str) -> None:
     run, expected = OPS[name]
-    np.testing.assert_allclose(BACKEND.ops.numpy(run(BACKEND.ops, torch.tensor(X))), expected, rtol=1e-12)
+    np.testing.assert_allclose(BACKEND.ops.numpy(run(BACKEND.ops, torch.tensor(X))), expected, rtol=PRECISE)
 
 
 def test_one_hot_cast_and_stop_gradient() -> None:

@@ -13,7 +13,8 @@ from slimbridge.plan import DistillStage, Plan, PruneStage, QuantizeStage, load_
 from slimbridge.ports import Backend, Model
 from slimbridge.prune import Pruner
 from slimbridge.quantize import Quantizer
-from slimbridge.runner import build_model, find_backend, first_inputs, plan_data
+from slimbridge.resolve import build_model, plan_data, with_defaults
+from slimbridge.runner import find_backend, first_inputs
 from slimbridge.tasks import Data
 from slimbridge.weights import load_weights
 
@@ -43,6 +44,7 @@ class _Check:
 
     def run(self, backend: str | None) -> list[str]:
         side = self._try("backend", lambda: find_backend(None, backend or self.plan.backend))
+        self._try("plan", lambda: with_defaults(self.plan))
         data = self._try("data", lambda: plan_data(self.plan)) if self.plan.data else None
         if side is None:
             return self.findings

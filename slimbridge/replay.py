@@ -22,8 +22,9 @@ from slimbridge.plan import DistillStage, PruneStage, QuantizeStage
 from slimbridge.ports import Backend, Model
 from slimbridge.prune import Pruner
 from slimbridge.quantize import Quantizer, integer_weights
+from slimbridge.resolve import build_model, plan_data
 from slimbridge.runfolder import RunFolder, stage_names
-from slimbridge.runner import PROBE, build_model, first_inputs, plan_data, rebuild
+from slimbridge.runner import PROBE, first_inputs, rebuild
 from slimbridge.stages import calibration_inputs
 from slimbridge.tasks import Data
 from slimbridge.train import Progress, Quiet, outputs_of

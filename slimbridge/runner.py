@@ -14,18 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from slimbridge import __version__, zoo
+from slimbridge import __version__
 from slimbridge.decisions import Decision, PruneDecision
 from slimbridge.deploy.latency import measure_latency
 from slimbridge.discovery import backend_of, get_backend, installed_backend
-from slimbridge.errors import BackendError, PlanError, RunError
+from slimbridge.errors import BackendError, RunError
 from slimbridge.graph import cost_of
 from slimbridge.plan import BaselineSection, Plan, load_plan
 from slimbridge.ports import Array, Backend, Model
 from slimbridge.report.records import RunReport, StageRecord
+from slimbridge.resolve import build_model, plan_data, with_defaults
 from slimbridge.runfolder import RunFolder, StageResult, stage_names
 from slimbridge.stages import Outcome, Scene, UserLoss, run_stage
-from slimbridge.tasks import Data, Split, batches, load_data, metrics
+from slimbridge.tasks import Data, Split, batches, metrics
 from slimbridge.tasks.metrics import Metric
 from slimbridge.train import Progress, Quiet, evaluate, outputs_of
 from slimbridge.train.checkpoint import load_checkpoint
@@ -170,21 +171,6 @@ def find_backend(model: Model | None, name: str | None) -> Backend:
     return side
 
 
-def build_model(plan: Plan, backend: Backend) -> Model:
-    """The plan's zoo model; PlanError when it names none."""
-    if plan.model is None:
-        raise PlanError([f"plan '{plan.name}': names no model; add a model section or pass a model"])
-    section = plan.model
-    return zoo.build(section.name, backend, section.num_classes, seed=section.seed, **section.options)
-
-
-def plan_data(plan: Plan) -> Data:
-    """The plan's data; PlanError when it names none."""
-    if plan.data is None:
-        raise PlanError([f"plan '{plan.name}': names no data; add a data section or pass data"])
-    return load_data(plan.data.name, **plan.data.options)
-
-
 def first_inputs(data: Data, count: int) -> tuple[Array, ...]:
     """Inputs of the first `count` test samples (fewer where there are fewer, or a loader's first batch is smaller)."""
     order = np.arange(min(count, len(data.test))) if isinstance(data.test, Split) else None
@@ -207,6 +193,7 @@ class _Run:
 
     @classmethod
     def begin(cls, side: Backend, plan: Plan, given: Given, path: Path, resume: bool, progress: Progress) -> _Run:
+        plan = with_defaults(plan)
         data = given.data or plan_data(plan)
         start = side.clone(given.model) if given.model is not None else build_model(plan, side)
         start = side.place(start, plan.device)

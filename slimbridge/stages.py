@@ -15,6 +15,7 @@ from slimbridge.ports import Array, Backend, Loss, Model, Pass, tensors_in
 from slimbridge.prune import Pruner
 from slimbridge.quantize import Quantizer
 from slimbridge.report.records import EpochRecord
+from slimbridge.resolve import zoo_model
 from slimbridge.tasks import Data, Split, batches, epoch_order
 from slimbridge.tasks.metrics import Metric
 from slimbridge.train import Progress, Training, evaluate, train
@@ -124,10 +125,7 @@ def _distill(scene: Scene, name: str, stage: DistillStage, model: Model) -> Outc
 def _teacher(scene: Scene, stage: DistillStage) -> Model:
     if stage.teacher.model == "baseline":
         return scene.teacher()
-    from slimbridge import zoo
-
-    section = stage.teacher.model
-    model = zoo.build(section.name, scene.backend, section.num_classes, seed=section.seed, **section.options)
+    model = zoo_model(stage.teacher.model, scene.backend)
     model = scene.backend.place(model, scene.plan.device)
     return scene.backend.write(model, load_weights(Path(str(stage.teacher.weights))))
 

@@ -57,14 +57,24 @@ class ModelSection(Section):
     Attributes:
         name: a zoo model's name.
         num_classes: outputs of the last layer.
+        in_channels: input channels; None is the model's own default.
         seed: of the initial weights, which are equal on all frameworks.
         options: further options of that model.
     """
 
     name: str
     num_classes: Positive = 10
+    in_channels: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     options: Options = {}
+
+    @model_validator(mode="after")
+    def _own_options(self) -> ModelSection:
+        own = ("backend", *type(self).model_fields)
+        for name in self.options:
+            if name in own:
+                raise ValueError(f"'{name}' is no option of a model: it stands beside 'options', not in it")
+        return self
 
 
 class DataSection(Section):

@@ -65,11 +65,27 @@ class Quantizer:
                 if not isfinite(extremes["absmax"]):
                     raise ModelError(f"calibration batch {count}: the input of layer '{path}' is not finite")
                 if path not in observers:
-                    observers[path] = self._observer()
+                    observers[path] = self.new_observer()
                 observers[path].update(extremes)
         if not count:
             raise SlimbridgeError("calibration: the training data gave no batch")
         return {path: observer.threshold() for path, observer in observers.items()}
+
+    def new_observer(self) -> Observer:
+        """An observer for one tensor; SlimbridgeError for an option that it does not have."""
+        make = OBSERVERS.get(self.stage.observer)
+        options = self.stage.observer_options
+        allowed = list(inspect.signature(make).parameters)
+        for name in options:
+            if name not in allowed:
+                raise SlimbridgeError(
+                    f"observer '{self.stage.observer}' has no option '{name}'{nearest(name, allowed)}; "
+                    f"allowed: {listed(allowed)}"
+                )
+        try:
+            return make(**options)
+        except TypeError as error:
+            raise SlimbridgeError(f"observer '{self.stage.observer}': {options}: {error}") from error
 
     def decide(
         self, layers: Sequence[Layer], weights: Mapping[str, Array], thresholds: Mapping[str, float]
@@ -102,18 +118,6 @@ class Quantizer:
         integers = integer_weights(decision, backend.read(model))
         model = backend.write(model, real_weights(decision, integers), partial=True)
         return backend.insert_quant(model, decision)
-
-    def _observer(self) -> Observer:
-        make = OBSERVERS.get(self.stage.observer)
-        options = self.stage.observer_options
-        allowed = list(inspect.signature(make).parameters)
-        for name in options:
-            if name not in allowed:
-                raise SlimbridgeError(
-                    f"observer '{self.stage.observer}' has no option '{name}'{nearest(name, allowed)}; "
-                    f"allowed: {listed(allowed)}"
-                )
-        return make(**options)
 
     def _weight_grid(self, layer: Layer, weights: Mapping[str, Array]) -> QuantParams:
         weight = weights[layer.params["weight"]]

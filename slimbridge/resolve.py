@@ -1,0 +1,77 @@
+"""From what a plan names to what it means: its model, its data, and every default written out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from slimbridge import zoo
+from slimbridge.errors import PlanError
+from slimbridge.plan import DistillStage, LossSection, ModelSection, Plan, QuantizeStage
+from slimbridge.plan.registries import LOSSES, OBSERVERS
+from slimbridge.ports import Backend, Model
+from slimbridge.quantize import Quantizer
+from slimbridge.tasks import DATA_SETS, Data, load_data
+
+
+def with_defaults(plan: Plan) -> Plan:
+    """The plan with the defaults of its model, data, observers and losses written in.
+
+    Raises:
+        SlimbridgeError: an observer's option does not exist. Unknown names elsewhere are left to those who use them.
+    """
+    changes: dict[str, Any] = {"stages": tuple(_stage(stage) for stage in plan.stages)}
+    if plan.model is not None:
+        entry = zoo.entry(plan.model.name)
+        options = {**entry.options, **plan.model.options}
+        channels = plan.model.in_channels or entry.in_channels
+        changes["model"] = plan.model.model_copy(update={"options": options, "in_channels": channels})
+    if plan.data is not None and plan.data.name in DATA_SETS:
+        options = {**_defaults(DATA_SETS[plan.data.name]), **plan.data.options}
+        changes["data"] = plan.data.model_copy(update={"options": options})
+    return plan.model_copy(update=changes)
+
+
+def _stage(stage: Any) -> Any:
+    if isinstance(stage, QuantizeStage):
+        defaults = _defaults(OBSERVERS.get(stage.observer))
+        Quantizer(stage).new_observer()  # refuses options that the observer does not have, before anything runs
+        return stage.model_copy(update={"observer_options": {**defaults, **stage.observer_options}})
+    if isinstance(stage, DistillStage):
+        return stage.model_copy(update={"losses": tuple(_loss(loss) for loss in stage.losses)})
+    return stage
+
+
+def _loss(loss: LossSection) -> LossSection:
+    entry = LOSSES.get(loss.loss)
+    if not entry.uses_temperature or loss.temperature is not None:
+        return loss
+    return loss.model_copy(update={"temperature": _defaults(entry.function)["temperature"]})
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword -> default, of the parameters that have one."""
+    parameters = inspect.signature(function).parameters.values()
+    return {item.name: item.default for item in parameters if item.default is not item.empty}
+
+
+def build_model(plan: Plan, backend: Backend) -> Model:
+    """The plan's zoo model; PlanError when it names none."""
+    if plan.model is None:
+        raise PlanError([f"plan '{plan.name}': names no model; add a model section or pass a model"])
+    return zoo_model(plan.model, backend)
+
+
+def zoo_model(section: ModelSection, backend: Backend) -> Model:
+    """The model that a section names, float32 on the CPU."""
+    return zoo.build(
+        section.name, backend, section.num_classes, section.in_channels, seed=section.seed, **section.options
+    )
+
+
+def plan_data(plan: Plan) -> Data:
+    """The plan's data; PlanError when it names none."""
+    if plan.data is None:
+        raise PlanError([f"plan '{plan.name}': names no data; add a data section or pass data"])
+    return load_data(plan.data.name, **plan.data.options)

@@ -34,7 +34,7 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 readme: setup
-	$(BIN)/python -m slimbridge.report.support README.md
+	$(BIN)/python -m slimbridge.support README.md
 
 clean:
 	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

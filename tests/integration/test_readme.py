@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slimbridge.report.support import updated
+from slimbridge.support import updated
 
 README = Path(__file__).parents[2] / "README.md"
 

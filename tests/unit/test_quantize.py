@@ -277,7 +277,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 def test_an_unknown_option_of_an_observer() -> None:
     stage = QuantizeStage(observer_options={"rat": 0.5})
     with pytest.raises(SlimbridgeError, match=r"'moving_average' has no option 'rat' \(did you mean 'rate'\?\)"):
-        Quantizer(stage)._observer()
+        Quantizer(stage).new_observer()
 
 
 # Files

@@ -9,7 +9,6 @@ from functools import cached_property
 import numpy as np
 
 from benchmarks.harness import require
-from slimbridge.conformance.surgery import zeroed
 from slimbridge.decisions import PruneDecision
 from slimbridge.discovery import get_backend
 from slimbridge.graph import cost_of, count_parameters
@@ -17,7 +16,7 @@ from slimbridge.parity.measure import relative
 from slimbridge.parity.tolerances import tolerance
 from slimbridge.plan import PruneStage
 from slimbridge.ports import Array, Backend, Model, tensors_in
-from slimbridge.prune import Pruner
+from slimbridge.prune import Pruner, zeroed
 from slimbridge.zoo import build
 
 RATIO = 0.5

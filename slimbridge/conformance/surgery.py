@@ -13,7 +13,7 @@ from slimbridge.graph import cost_of, find_units
 from slimbridge.parity.measure import differing, relative
 from slimbridge.plan import PruneStage
 from slimbridge.ports import Array, Model, OptimizerSettings
-from slimbridge.prune import Pruner
+from slimbridge.prune import Pruner, zeroed
 
 RATIOS = (0.3, 0.5, 0.75)
 
@@ -22,18 +22,6 @@ def decide(bench: Bench, model: Model, ratio: float) -> PruneDecision:
     """An L1 decision."""
     graph = bench.backend.trace(model, [image(1)])
     return Pruner(PruneStage(pruning_ratio=ratio)).decide(graph, bench.backend.read(model))
-
-
-def zeroed(weights: dict[str, Array], decision: PruneDecision) -> dict[str, Array]:
-    """The weights with every removed entry 0, except running statistics."""
-    result = {name: array.copy() for name, array in weights.items()}
-    for name, axes in decision.kept.items():
-        if name.endswith(("running_mean", "running_var")):
-            continue
-        for axis, kept in axes.items():
-            gone = np.setdiff1d(np.arange(weights[name].shape[axis]), kept)
-            np.moveaxis(result[name], axis, 0)[gone] = 0
-    return result
 
 
 @case("surgery: removing channels equals zeroing them")

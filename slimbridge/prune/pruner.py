@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from slimbridge.decisions import GroupChoice, PruneDecision, Skipped
-from slimbridge.errors import ModelError, SlimbridgeError, listed, nearest
+from slimbridge.errors import ModelError, listed, nearest
 from slimbridge.graph import ChannelGroup, Graph, Units, find_units
 from slimbridge.plan.registries import IMPORTANCES
 from slimbridge.plan.schema import PruneStage
 from slimbridge.ports import Array, Backend, Model
 from slimbridge.prune.select import last_of_each_layer, least_important, remove_count, unit_importance
+from slimbridge.prune.verify import what_is_wrong
 
 
 class Pruner:
@@ -63,10 +64,10 @@ class Pruner:
         return backend.remove_channels(model, decision)
 
     def prune(self, backend: Backend, model: Model, example: Sequence[Array]) -> tuple[Model, PruneDecision]:
-        """Trace, decide, apply to a copy, and run it once.
+        """Trace, decide, apply to a copy, and prove on the example that it equals zeroing the channels.
 
         A model that writes widths into its code cannot be told from one that computes them until it runs: when the
-        pruned copy does not run, the widths at reshapes and splits are frozen and the plan is made anew.
+        proof fails, the widths at reshapes and splits are frozen and the decision is made anew.
 
         Args:
             backend: the model's backend.
@@ -77,21 +78,16 @@ class Pruner:
             the pruned copy and the decision.
 
         Raises:
-            ModelError: nothing can be pruned, or the pruned model does not run in either way.
+            ModelError: nothing can be pruned, or the pruned model is wrong in either way.
         """
         graph, weights = backend.trace(model, example), backend.read(model)
         for freeze_reshapes in (False, True):
             decision = self.decide(graph, weights, freeze_reshapes)
-            try:
-                pruned = self.apply(backend, backend.clone(model), decision)
-                backend.forward(pruned, example)
-            except SlimbridgeError:
-                raise
-            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-                failure = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                continue
-            return pruned, decision
-        raise ModelError(f"the pruned model does not run, also with channels at reshapes and splits kept: {failure}")
+            pruned = self.apply(backend, backend.clone(model), decision)
+            wrong = what_is_wrong(backend, model, pruned, decision, example)
+            if wrong is None:
+                return pruned, decision
+        raise ModelError(f"the pruned model is wrong, also with channels at reshapes and splits kept: {wrong}")
 
     def _ignored(self, units: Units) -> set[str]:
         layers = [producer.layer for producer in units.producers]

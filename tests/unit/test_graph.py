@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from slimbridge.conformance.surgery import sliced, zeroed
+from slimbridge.conformance.surgery import sliced
 from slimbridge.discovery import get_backend
 from slimbridge.errors import ModelError
 from slimbridge.graph import Graph, Node, Units, cost_of, find_units
@@ -21,7 +21,7 @@ from slimbridge.graph.ids import Ledger, along, same_shape_axes, spread, thin, v
 from slimbridge.graph.reshapes import axis_map
 from slimbridge.parity import relative, tolerance
 from slimbridge.plan import PruneStage
-from slimbridge.prune import Pruner
+from slimbridge.prune import Pruner, zeroed
 
 
 class Build:

@@ -17,19 +17,8 @@ from slimbridge.parity import differing
 from slimbridge.plan import load_plan
 from slimbridge.report import read_report
 from slimbridge.runfolder import RunFolder, stage_names
+from tests.integration.tiny import PLAN
 
-TRAIN = {"epochs": 2, "batch_size": 128, "learning_rate": 0.05}
-PLAN = {
-    "name": "tiny",
-    "model": {"name": "resnet18_small", "options": {"width": 8}},
-    "data": {"name": "digits"},
-    "baseline": {"train": TRAIN},
-    "stages": [
-        {"kind": "prune", "pruning_ratio": 0.5, "finetune": TRAIN},
-        {"kind": "distill", "losses": [{"loss": "soft_labels"}, {"loss": "hard_labels"}], "train": TRAIN},
-        {"kind": "quantize"},
-    ],
-}
 # What must exist when the process is killed: in the first training, in a later one, and between two stages.
 KILL_AT = ("checkpoint-00-baseline.safetensors", "checkpoint-01-prune.safetensors", "01-prune", "02-distill")
 

@@ -1,0 +1,89 @@
+"""One plan on both frameworks: what must be equal is, and a difference that is planted is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from slimbridge.parity import compare
+from slimbridge.plan import load_plan
+from slimbridge.report import Comparison, Verdict
+from slimbridge.runfolder import RunFolder
+from slimbridge.session import run_session
+from tests.integration.tiny import PLAN
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    folder = tmp_path_factory.mktemp("session")
+    return folder, run_session(load_plan(PLAN), ["torch", "paddle"], folder, resume=True)
+
+
+def of_class(verdicts: tuple[Verdict, ...], parity: str) -> list[Verdict]:
+    return [verdict for verdict in verdicts if verdict.parity == parity]
+
+
+def test_exact_claims_are_exact(session: tuple[Path, Comparison]) -> None:
+    exact = of_class(session[1].verdicts, "exact")
+    assert {verdict.figure for verdict in exact} == {0.0}
+    claims = {verdict.claim for verdict in exact}
+    assert {
+        "channels removed, from equal weights",
+        "int8 weights, from equal weights",
+        "MACs of the two runs",
+    } <= claims
+
+
+def test_numeric_claims_are_within_and_not_trivial(session: tuple[Path, Comparison]) -> None:
+    """Two frameworks that never differ in the last digit would mean that one was compared with itself."""
+    numeric = of_class(session[1].verdicts, "numeric")
+    assert all(verdict.passed for verdict in numeric)
+    assert any(verdict.figure for verdict in numeric)
+
+
+def test_both_start_from_the_same_weights(session: tuple[Path, Comparison]) -> None:
+    reference, other = (RunFolder(session[0] / name) for name in ("torch", "paddle"))
+    assert reference.record("01-prune").input_digest == other.record("01-prune").input_digest
+    assert reference.record("02-distill").input_digest != other.record("02-distill").input_digest
+    assert reference.decision("01-prune") == other.decision("01-prune")
+
+
+def test_weights_on_disk_are_int8(session: tuple[Path, Comparison]) -> None:
+    for name in ("torch", "paddle"):
+        stored = load_file(session[0] / name / "03-quantize/weights.safetensors")
+        kinds = {key: array.dtype for key, array in stored.items() if array.ndim in (2, 4) and ":" not in key}
+        assert set(kinds.values()) == {np.dtype(np.int8)}
+
+
+def test_the_report_is_written(session: tuple[Path, Comparison]) -> None:
+    saved = Comparison.model_validate(json.loads((session[0] / "comparison.json").read_text()))
+    assert saved == session[1]
+    assert "<html" in (session[0] / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "key", "claim"),
+    [
+        ("03-quantize", "weights.safetensors", "layer1.0.conv1.weight", "int8 weights, from equal weights"),
+        ("00-baseline", "probe.safetensors", "output", "outputs of the reference's weights on both frameworks"),
+    ],
+)
+def test_a_planted_difference_is_found(
+    session: tuple[Path, Comparison], tmp_path: Path, stage: str, file: str, key: str, claim: str
+) -> None:
+    """One entry is changed in the replay, as a framework with a fault would give it."""
+    replay = tmp_path / "replay"
+    shutil.copytree(session[0] / "paddle/replay-of-torch", replay)
+    name = "integers.safetensors" if file == "weights.safetensors" else file
+    arrays = load_file(replay / stage / name)
+    flat = arrays[key].reshape(-1)
+    flat[0] += 1
+    save_file(arrays, replay / stage / name)
+    reference, other = (RunFolder(session[0] / side) for side in ("torch", "paddle"))
+    failed = {verdict.claim for verdict in compare(reference, other, replay) if verdict.passed is False}
+    assert claim in failed

@@ -1,5 +1,11 @@
 """One compression plan - pruning, quantization, distillation - on PaddlePaddle and on PyTorch.
 
+    load_plan(source)              a shipped plan's name, a path or a mapping -> Plan
+    zoo.build(name, backend=...)   a model, or take your own nn.Module / nn.Layer
+    compress(model, plan, ...)     run the plan -> Result (model, report, folder)
+    restore(model, run_dir)        a fresh model and a run's folder -> the compressed model
+    compare_runs(a, b, ...)        the parity of two runs -> Comparison
+
 Nothing is imported before it is used; a framework only when a model of it is.
 """
 
@@ -15,7 +21,7 @@ if TYPE_CHECKING:
     from slimbridge.discovery import backend_of, get_backend
     from slimbridge.errors import SlimbridgeError
     from slimbridge.plan import Plan, load_plan, shipped_plans
-    from slimbridge.runner import Result, compress, restore
+    from slimbridge.runner import Result, compare_runs, compress, restore
     from slimbridge.tasks import Data, Split, load_data
 
 _HOMES = {
@@ -25,6 +31,7 @@ _HOMES = {
     "SlimbridgeError": "slimbridge.errors",
     "Split": "slimbridge.tasks",
     "backend_of": "slimbridge.discovery",
+    "compare_runs": "slimbridge.runner",
     "compress": "slimbridge.runner",
     "get_backend": "slimbridge.discovery",
     "load_data": "slimbridge.tasks",
@@ -41,6 +48,7 @@ __all__ = [
     "Split",
     "__version__",
     "backend_of",
+    "compare_runs",
     "compress",
     "get_backend",
     "load_data",
@@ -57,3 +65,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'slimbridge' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

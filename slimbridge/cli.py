@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Optional
@@ -27,14 +28,18 @@ Device = Annotated[Optional[Literal["cpu", "gpu"]], typer.Option(help="In place 
 
 def main() -> None:
     """Entry point: a SlimbridgeError becomes its lines on stderr and exit code 2."""
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         app()
     except SlimbridgeError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; run again with --resume")
     except BrokenPipeError:
         sys.stderr.close()
+
+
+def _interrupted(number: int, frame: object) -> NoReturn:
+    typer.echo("slimbridge: interrupted; what is complete is kept, --resume goes on", err=True)
+    raise SystemExit(128 + number)
 
 
 def _fail(text: str) -> NoReturn:
@@ -74,7 +79,9 @@ def run(
     if baseline is not None:
         loaded = loaded.model_copy(update={"baseline": BaselineSection(weights=str(baseline.resolve()))})
     folder = output or Path("runs") / loaded.name
-    names = list(dict.fromkeys(backend or []))
+    names = backend or []
+    if len(set(names)) < len(names):
+        raise SlimbridgeError(f"--backend: a backend is named twice: {', '.join(names)}")
     if len(names) > 1:
         passed = console.run_many(loaded, names, folder, resume, as_json)
         raise typer.Exit(0 if passed else 1)
@@ -127,7 +134,7 @@ def conformance(
 def inspect(
     model: Annotated[str, typer.Argument(help="A zoo model's name.")],
     backend: Annotated[str, typer.Option(help="Build it on this backend.")] = "torch",
-    image_size: Annotated[Optional[int], typer.Option(help="Side of the input image, pixels.")] = None,  # noqa: UP045
+    image_size: Annotated[Optional[int], typer.Option(help="Side of the image, pixels.", min=1, max=4096)] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
     """Show a model's layers, channel groups, parameters and MACs."""

@@ -152,7 +152,7 @@ def model_facts(name: str, backend: str, image_size: int | None) -> dict[str, An
     from slimbridge.graph import cost_of, find_units
 
     entry, side = zoo.entry(name), get_backend(backend)
-    size = image_size or entry.image_size
+    size = entry.image_size if image_size is None else image_size
     shape = (1, entry.in_channels, size, size)
     graph = side.trace(zoo.build(name, side), [np.zeros(shape, np.float32)])
     cost, units = cost_of(graph), find_units(graph)

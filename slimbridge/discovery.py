@@ -70,3 +70,15 @@ def backend_of(model: object) -> Backend:
             return get_backend(name)
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     raise BackendError(f"no backend owns a model of type {kind}; registered: {listed(backend_names())}")
+
+
+def find_backend(model: object | None, name: str | None) -> Backend:
+    """The backend of a model, or the one named, or the first installed; BackendError when they contradict."""
+    if model is None:
+        if name is None:
+            return installed_backend()
+        return get_backend(name)
+    side = backend_of(model)
+    if name is not None and name != side.name:
+        raise BackendError(f"the model is a {side.name} model, the backend named is '{name}'")
+    return side

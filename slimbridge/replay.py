@@ -15,16 +15,17 @@ from slimbridge.decisions import Decision, QuantizeDecision, decision_to_json
 from slimbridge.discovery import get_backend
 from slimbridge.distill import Distiller
 from slimbridge.errors import RunError
-from slimbridge.files import write_file
+from slimbridge.files import make_folder, write_file
 from slimbridge.graph import cost_of
+from slimbridge.onerun import PROBE, rebuild
 from slimbridge.parity.replay_records import Replay, ReplayStage
 from slimbridge.plan import DistillStage, PruneStage, QuantizeStage
 from slimbridge.ports import Backend, Model
 from slimbridge.prune import Pruner
 from slimbridge.quantize import Quantizer, integer_weights
+from slimbridge.rehearse import first_inputs
 from slimbridge.resolve import build_model, plan_data
 from slimbridge.runfolder import RunFolder, stage_names
-from slimbridge.runner import PROBE, first_inputs, rebuild
 from slimbridge.stages import calibration_inputs
 from slimbridge.tasks import Data
 from slimbridge.train import Progress, Quiet, outputs_of
@@ -32,64 +33,80 @@ from slimbridge.weights import digest_of, save_weights
 
 
 def replay(
-    reference: Path, backend: str, output: Path, data: Data | None = None, progress: Progress | None = None
+    reference: Path,
+    backend: str,
+    output: Path,
+    data: Data | None = None,
+    model: Model | None = None,
+    progress: Progress | None = None,
 ) -> Replay:
     """Replay a complete run.
 
     Args:
-        reference: the run's folder; its plan must name a zoo model.
+        reference: the run's folder.
         backend: name of the backend to replay on.
         output: folder of the replay; an old replay there is replaced.
         data: None takes the plan's.
+        model: a fresh model of that backend; None builds the plan's.
         progress: who is told.
 
     Raises:
         SlimbridgeError: the reference is not complete, its model or data are unknown here, a file cannot be written.
     """
-    job = _Replay(RunFolder(reference), get_backend(backend), output, data, progress or Quiet())
+    job = _Replay(RunFolder(reference), get_backend(backend), output, data, model, progress or Quiet())
     return job.run()
 
 
 class _Replay:
     def __init__(
-        self, folder: RunFolder, backend: Backend, output: Path, data: Data | None, progress: Progress
+        self,
+        folder: RunFolder,
+        backend: Backend,
+        output: Path,
+        data: Data | None,
+        model: Model | None,
+        progress: Progress,
     ) -> None:
         self.folder, self.backend, self.output, self.progress = folder, backend, output, progress
+        self.model = model
+        # The replay appears at its place when it is complete; what a killed one left is thrown away.
+        self.part = output.with_name(f".{output.name}.part")
         self.plan = folder.plan()
         self.data = data or plan_data(self.plan)
         self.example = first_inputs(self.data, 1)
 
     def run(self) -> Replay:
         names = stage_names(self.plan)
-        missing = [name for name in names if not self.folder.done(name)]
-        if missing:
-            raise RunError(f"{self.folder.path}: not complete: {', '.join(missing)} missing; resume it first")
+        self.folder.require_complete()
         self._fresh_output()
         self.progress.start(f"replaying {self.folder.path.name} on {self.backend.name}", len(names))
         stages = []
         for index, name in enumerate(names):
             stages.append(self._stage(index, name, names))
             self.progress.step(name)
-        digest = digest_of(self.folder.weights(names[-1]))
+        digest = self.folder.digest()
         result = Replay(backend=self.backend.name, reference_digest=digest, stages=tuple(stages))
-        write_file(self.output / "replay.json", result.model_dump_json(indent=1))
+        write_file(self.part / "replay.json", result.model_dump_json(indent=1))
+        try:
+            shutil.rmtree(self.output, ignore_errors=True)
+            self.part.replace(self.output)
+        except OSError as error:
+            raise RunError(f"{self.output}: cannot be written: {error.strerror or error}") from error
         return result
 
     def _fresh_output(self) -> None:
         if self.output.exists() and any(self.output.iterdir()) and not (self.output / "replay.json").exists():
             raise RunError(f"{self.output}: exists and is not a replay; name another folder")
-        try:
-            shutil.rmtree(self.output, ignore_errors=True)
-            self.output.mkdir(parents=True)
-        except OSError as error:
-            raise RunError(f"{self.output}: cannot be made: {error.strerror or error}") from error
+        shutil.rmtree(self.part, ignore_errors=True)
+        make_folder(self.part)
 
     def _model(self, upto: str) -> Model:
-        fresh = self.backend.place(build_model(self.plan, self.backend), self.plan.device)
+        fresh = build_model(self.plan, self.backend) if self.model is None else self.backend.clone(self.model)
+        fresh = self.backend.place(fresh, self.plan.device)
         return rebuild(self.backend, fresh, self.folder, upto)
 
     def _stage(self, index: int, name: str, names: tuple[str, ...]) -> ReplayStage:
-        here = self.output / name
+        here = self.part / name
         here.mkdir()
         decision = None
         if index:

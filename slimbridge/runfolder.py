@@ -7,6 +7,7 @@
     00-baseline/         weights.safetensors, record.json, probe.safetensors
     01-prune/            the same, and decision.json
     ...
+    start.safetensors    the weights that the run starts from, until its first stage is complete
     checkpoint-01-prune.safetensors    of the training that is under way
     report.json          once all stages are done
 
@@ -15,6 +16,7 @@ A stage's folder appears at once, by renaming, when the stage is complete.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,9 +31,12 @@ from slimbridge.decisions import Decision, DistillDecision, QuantizeDecision, de
 from slimbridge.errors import RunError
 from slimbridge.files import write_file
 from slimbridge.plan import Plan, load_plan, plan_to_yaml
-from slimbridge.ports import Array
+from slimbridge.ports import Array, Backend, Model
 from slimbridge.report.records import RunReport, StageRecord
-from slimbridge.weights import load_stored, load_weights, save_weights
+from slimbridge.weights import digest_of, load_stored, load_weights, save_weights
+
+START = "start.safetensors"
+"""The weights that a run starts from; gone when its first stage is complete."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +68,21 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, path: Path, plan: Plan, facts: Mapping[str, Any]) -> RunFolder:
-        """Begin a run in an empty or new folder.
+    def create(cls, path: Path, plan: Plan, facts: Mapping[str, Any], weights: Mapping[str, Array]) -> RunFolder:
+        """Begin a run in an empty or new folder, with the weights that it starts from.
+
+        What a run that was killed in its first moments left is taken as empty.
 
         Raises:
             RunError: the folder holds something already, or cannot be written.
         """
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if path.exists() and (not path.is_dir() or any(not _beginning(file) for file in path.iterdir())):
                 raise RunError(f"{path}: exists and is not empty; resume it, or name another folder")
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{path}: cannot be made: {error.strerror or error}") from error
+        save_weights(path / START, weights)
         write_file(path / "plan.yaml", plan_to_yaml(plan))
         write_file(path / "run.json", json.dumps(dict(facts), indent=1, sort_keys=True))
         return cls(path)
@@ -93,10 +101,17 @@ class RunFolder:
         if changed:
             raise RunError(f"{path}: cannot be resumed: its plan differs in {', '.join(changed)}; name another folder")
         known = folder.facts()
-        for key in ("backend", "input_digest", "data"):
-            if known.get(key) != facts.get(key):
-                raise RunError(f"{path}: cannot be resumed: {key} was '{known.get(key)}', is now '{facts.get(key)}'")
+        if known.get("backend") != facts["backend"]:
+            raise RunError(f"{path}: cannot be resumed on {facts['backend']}: it was begun on {known.get('backend')}")
+        for key in ("model", "data", "loss", "metric"):
+            if known.get(key) != facts[key]:
+                raise RunError(f"{path}: cannot be resumed: the {key} is not the one that it began with")
         return folder
+
+    def restart(self, backend: Backend, model: Model) -> Model:
+        """The model with the weights that the run started from, while they are still needed."""
+        path = self.path / START
+        return backend.write(model, load_weights(path)) if path.exists() else model
 
     def plan(self) -> Plan:
         """The plan that the run was made from."""
@@ -106,13 +121,18 @@ class RunFolder:
         """run.json; RunError when it is missing or damaged."""
         self._is_run()
         try:
-            return dict(json.loads((self.path / "run.json").read_text(encoding="utf-8")))
+            facts = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path / 'run.json'}: cannot be read: {error}") from error
+        if not isinstance(facts, dict) or not {"backend", "slimbridge", "versions", "machine"} <= facts.keys():
+            raise RunError(f"{self.path / 'run.json'}: not the facts of a run")
+        return facts
 
     def _is_run(self) -> bool:
         if not (self.path / "plan.yaml").is_file() or not (self.path / "run.json").is_file():
-            raise RunError(f"{self.path}: not a run folder (it has no plan.yaml and run.json)")
+            inner = sorted(path.parent.name for path in self.path.glob("*/run.json"))
+            hint = f"; it holds the runs {', '.join(inner)}: name one of them" if inner else ""
+            raise RunError(f"{self.path}: not a run folder (it has no plan.yaml and run.json){hint}")
         return True
 
     def checkpoint(self, name: str) -> Path:
@@ -137,7 +157,8 @@ class RunFolder:
             quantize = decision if isinstance(decision, QuantizeDecision) else None
             save_weights(work / "weights.safetensors", result.weights, quantize)
             size = (work / "weights.safetensors").stat().st_size
-            record = result.record.model_copy(update={"size_bytes": size})
+            digest = digest_of(load_weights(work / "weights.safetensors"))
+            record = result.record.model_copy(update={"size_bytes": size, "weights_digest": digest})
             write_file(work / "record.json", record.model_dump_json(indent=1))
             save_weights(work / "probe.safetensors", {"output": result.probe})
             if decision is not None:
@@ -148,6 +169,7 @@ class RunFolder:
         finally:
             shutil.rmtree(work, ignore_errors=True)
         self.checkpoint(name).unlink(missing_ok=True)
+        (self.path / START).unlink(missing_ok=True)
 
     def record(self, name: str) -> StageRecord:
         """The row of a complete stage."""
@@ -158,8 +180,12 @@ class RunFolder:
             raise RunError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 
     def weights(self, name: str) -> dict[str, Array]:
-        """The real weights after a complete stage."""
-        return load_weights(self.path / name / "weights.safetensors")
+        """The real weights after a complete stage; RunError when they are not those that it ended with."""
+        path = self.path / name / "weights.safetensors"
+        weights = load_weights(path)
+        if digest_of(weights) != self.record(name).weights_digest:
+            raise RunError(f"{path}: damaged or changed: its digest is not the one in record.json")
+        return weights
 
     def integers(self, name: str) -> dict[str, Array]:
         """The int8 weights of a complete stage, as stored."""
@@ -171,9 +197,35 @@ class RunFolder:
         return load_stored(self.path / name / "probe.safetensors")["output"]
 
     def decision(self, name: str) -> Decision | None:
-        """What a complete stage decided."""
-        path = self.path / name / "decision.json"
-        return load_decision(path) if path.exists() else None
+        """What a complete stage decided; RunError when the file is not what it wrote."""
+        path, expected = self.path / name / "decision.json", self.record(name).decision_digest
+        found = load_decision(path) if path.exists() or expected is not None else None
+        if (found.digest() if found is not None else None) != expected:
+            raise RunError(f"{path}: damaged or changed: its digest is not the one in record.json")
+        return found
+
+    def complete_stages(self) -> tuple[str, ...]:
+        """Names of the complete stages; RunError when one is missing before another that is there."""
+        names = stage_names(self.plan())
+        done = tuple(name for name in names if self.done(name))
+        if done != names[: len(done)]:
+            gone = next(name for name in names if name not in done)
+            raise RunError(f"{self.path}: stage {gone} is gone though {done[-1]} is there; the run cannot be used")
+        return done
+
+    def require_complete(self) -> None:
+        """RunError unless every stage is there."""
+        missing = stage_names(self.plan())[len(self.complete_stages()) :]
+        if missing:
+            raise RunError(f"{self.path}: not complete: {', '.join(missing)} missing; resume it first")
+
+    def digest(self) -> str:
+        """Digest of all that a complete run made: weights and decisions of each stage, checked."""
+        parts = []
+        for name in self.complete_stages():
+            decision = self.decision(name)
+            parts += [name, digest_of(self.weights(name)), decision.digest() if decision else ""]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def changes(self, upto: str) -> list[Decision]:
         """The decisions that change a model's form, of the complete stages up to and including one, in order."""
@@ -184,3 +236,10 @@ class RunFolder:
     def write_report(self, report: RunReport) -> None:
         """Write report.json."""
         write_file(self.path / "report.json", report.model_dump_json(indent=1))
+
+
+def _beginning(file: Path) -> bool:
+    """Is it what `create` leaves when it is killed before run.json is there?"""
+    is_start = file.name == START or file.name.startswith((f".{START}.", ".plan.yaml.", ".run.json."))
+    own_plan = file.name == "plan.yaml" and (file.parent / START).exists()
+    return is_start or own_plan

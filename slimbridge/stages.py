@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from slimbridge.quantize import Quantizer
 from slimbridge.report.records import EpochRecord
 from slimbridge.resolve import zoo_model
 from slimbridge.tasks import Data, Split, batches, epoch_order
+from slimbridge.tasks.data import check_classes
 from slimbridge.tasks.metrics import Metric
 from slimbridge.train import Progress, Training, evaluate, train
 from slimbridge.train.loop import Objective
@@ -66,12 +67,14 @@ def run_stage(scene: Scene, name: str, stage: Any, model: Model) -> Outcome:
 
 
 def _baseline(scene: Scene, name: str, stage: BaselineSection, model: Model) -> Outcome:
+    notes: tuple[str, ...] = ()
     if stage.weights is not None:
         model = scene.backend.write(model, load_weights(Path(stage.weights)))
+        notes = (f"starts from the weights in {stage.weights}",)
     if stage.train is None:
-        return Outcome(model)
+        return Outcome(model, notes=notes)
     model, epochs = _train(scene, name, stage.train, model, on_labels(scene, model))
-    return Outcome(model, epochs=epochs)
+    return Outcome(model, epochs=epochs, notes=notes)
 
 
 def _finetune(scene: Scene, name: str, stage: FinetuneStage, model: Model) -> Outcome:
@@ -115,7 +118,13 @@ def _distill(scene: Scene, name: str, stage: DistillStage, model: Model) -> Outc
     def objective(inputs: tuple[Array, ...], targets: Array) -> Loss:
         labels = backend.tensor(model, targets)
         taught = backend.forward(teacher, inputs, paths) if distiller.needs_teacher else None
-        return lambda result: terms(decision, backend.ops, result, taught, labels)
+
+        def loss(result: Pass) -> Mapping[str, Any]:
+            if distiller.needs_labels:
+                check_classes(targets, tuple(backend.ops.shape(tensors_in(result.output)[0])), "train")
+            return terms(decision, backend.ops, result, taught, labels)
+
+        return loss
 
     before = evaluate(backend, model, scene.data.test, scene.metric, scene.progress)
     model, epochs = _train(scene, name, stage.train, model, objective, distiller.paths("student"))
@@ -180,7 +189,9 @@ def on_labels(scene: Scene, model: Model) -> Objective:
             labels = scene.backend.tensor(model, targets)
             if scene.loss is not None:
                 return {"loss": scene.loss(result.output, labels)}
-            return {"hard_labels": hard_labels(ops, tensors_in(result.output)[0], labels)}
+            logits = tensors_in(result.output)[0]
+            check_classes(targets, tuple(ops.shape(logits)), "train")
+            return {"hard_labels": hard_labels(ops, logits, labels)}
 
         return loss
 

@@ -26,6 +26,11 @@ class Distiller:
         """Does any term look at the teacher?"""
         return any(LOSSES.get(loss.loss).against != "labels" for loss in self.stage.losses)
 
+    @property
+    def needs_labels(self) -> bool:
+        """Does any term look at the labels?"""
+        return any(LOSSES.get(loss.loss).against == "labels" for loss in self.stage.losses)
+
     def decide(
         self, backend: Backend, student: Model, teacher: Model, teacher_digest: str, example: Sequence[Array]
     ) -> DistillDecision:

@@ -22,7 +22,7 @@ slice           axis, start, stop, step
 reshape         nothing: the shapes of input and output say all (view, flatten, squeeze, unsqueeze)
 transpose       perm (tuple)
 expand          broadcast to the output's shape
-pad             pads: ((before, after), ...) one pair per axis
+pad             pads: ((before, after), ...) one pair per axis; mode ("constant", "reflect", ...)
 pool            op ("max" or "avg"); spatial, channels kept in place (global pooling too)
 resize          spatial interpolation
 reduce          op ("mean", "sum", "max", "min"), axes (tuple), keepdims (bool)

@@ -193,9 +193,23 @@ def _is_broadcast_over_channels(one: IdArray, many: IdArray) -> bool:
 def _concat(walk: Walk, node: Node) -> None:
     axis, shape = int(node.attrs["axis"]), walk.shape(node.outputs[0])
     parts = [walk.ids[tensor] for tensor in node.inputs]
+    if any(varies(part, a) for part in parts for a in range(len(shape)) if a != axis):
+        _join_beside(walk, node, parts, axis)
+        return
     flat = [all(part.strides[a] == 0 or part.shape[a] == 1 for part in parts) for a in range(len(shape))]
     cut = tuple(slice(0, 1) if flat[a] and a != axis else slice(None) for a in range(len(shape)))
     walk.give(node, spread(np.concatenate([part[cut] for part in parts], axis=axis), shape))
+
+
+def _join_beside(walk: Walk, node: Node, parts: list[IdArray], axis: int) -> None:
+    """Tensors joined along another axis than their channels: the channels at one position are one."""
+    if any(varies(part, axis) for part in parts):
+        walk.give_up(node, f"channels lie along two axes in {where(node)}")
+        return
+    first = first_along(parts[0], axis)
+    for part in parts[1:]:
+        walk.ledger.unite(first, first_along(part, axis))
+    walk.give(node, spread(first, walk.shape(node.outputs[0])))
 
 
 def _split(walk: Walk, node: Node) -> None:
@@ -231,7 +245,7 @@ def _reshape(walk: Walk, node: Node) -> None:
             continue
         if walk.freeze_reshapes:
             walk.ledger.freeze(ids, f"its width is written into {where(node)}")
-        elif len(old) > 1 and len(new) > 1:
+        elif len(changing) > 1 or (len(old) > 1 and len(new) > 1):
             walk.ledger.freeze(ids, f"channels are mixed with other axes by {where(node)}")
         elif len(old) == 1:
             for axis in new[:-1]:
@@ -259,6 +273,9 @@ def _pad(walk: Walk, node: Node) -> None:
             size[axis] += before + after
             ids = spread(first_along(ids, axis), size)
             continue
+        if node.attrs.get("mode", "constant") != "constant":
+            walk.give_up(node, f"channels are mirrored or repeated by {where(node)}")
+            return
         edges = [walk.ledger.opaque((*size[:axis], n, *size[axis + 1 :]), "it meets padding") for n in (before, after)]
         ids = np.concatenate([edges[0], ids, edges[1]], axis=axis)
     walk.give(node, spread(ids, shape))

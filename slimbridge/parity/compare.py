@@ -12,7 +12,7 @@ from slimbridge.decisions import Decision, PruneDecision, QuantizeDecision, load
 from slimbridge.errors import RunError
 from slimbridge.parity.measure import differing, relative
 from slimbridge.parity.replay_records import read_replay
-from slimbridge.parity.tolerances import tolerance
+from slimbridge.parity.tolerances import Tolerance, tolerance
 from slimbridge.report.records import Verdict
 from slimbridge.runfolder import RunFolder, stage_names
 from slimbridge.weights import digest_of, load_stored
@@ -35,14 +35,12 @@ def compare(reference: RunFolder, other: RunFolder, replayed: Path | None, why_n
     names = stage_names(reference.plan())
     if names != stage_names(other.plan()):
         raise RunError(f"{reference.path} and {other.path} have different stages: they cannot be compared")
+    digests = []
     for folder in (reference, other):
-        missing = [name for name in names if not folder.done(name)]
-        if missing:
-            raise RunError(f"{folder.path}: not complete: {', '.join(missing)} missing; resume it first")
-    if replayed is not None:
-        last = digest_of(reference.weights(names[-1]))
-        if read_replay(replayed).reference_digest != last:
-            raise RunError(f"{replayed}: is the replay of another run than {reference.path}")
+        folder.require_complete()
+        digests.append(folder.digest())
+    if replayed is not None and read_replay(replayed).reference_digest != digests[0]:
+        raise RunError(f"{replayed}: is the replay of another run than {reference.path}")
     return tuple(verdict for name in names for verdict in _Stage(reference, other, replayed, why_not, name).verdicts())
 
 
@@ -53,6 +51,8 @@ class _Stage:
         self.reference, self.other, self.name, self.why_not = reference, other, name, why_not
         self.replayed = replayed / name if replayed is not None else None
         self.decision = reference.decision(name)
+        first = stage_names(reference.plan())[0]
+        self.same_start = digest_of(reference.weights(first)) == digest_of(other.weights(first))
 
     def verdicts(self) -> Iterator[Verdict]:
         if self.decision is not None:
@@ -109,8 +109,18 @@ class _Stage:
             tolerance=allowed.value,
             unit=allowed.unit,
             passed=None if figure is None else bool(figure <= allowed.value),
-            reason=allowed.reason if figure is not None else why_not,
+            reason=why_not if figure is None else self._reason(parity, allowed, figure),
         )
+
+    def _reason(self, parity: Class, allowed: Tolerance, figure: float) -> str:
+        """Why the tolerance is what it is; of a failure also what is known of its cause."""
+        if figure <= allowed.value:
+            return allowed.reason
+        if not self.same_start:
+            return "the two runs started from different weights; give both the same baseline weights"
+        if parity == "behavioural":
+            return "the two runs were trained apart and ended apart; compare several seeds"
+        return f"a fault in one of the two backends: {allowed.reason}"
 
 
 def _decision_difference(ours: Decision, theirs: Decision) -> float:

@@ -21,7 +21,7 @@ class Tolerance:
 
 
 RELATIVE = "relative L2 difference"
-POINTS = "share of test samples"
+POINTS = "difference of the metric"
 ENTRIES = "entries that differ"
 
 TOLERANCES: dict[str, Tolerance] = {

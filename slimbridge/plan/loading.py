@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -33,6 +34,12 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key '{key}' stands twice")
             seen.add(key if isinstance(key, (str, int)) else id(key_node))
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-3 as text, for want of a dot; nobody means that.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def shipped_plans() -> tuple[str, ...]:

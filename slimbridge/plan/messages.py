@@ -47,13 +47,19 @@ def _explain(item: Any, holder: list[type[BaseModel]]) -> str:
         return f"is missing; allowed keys here: {listed(fields)}"
     if kind == "value_error":
         return str(context["error"])
+    if kind == "literal_error" and not isinstance(found, str):
+        return f"found {found!r}; allowed: {context['expected']}"
     if kind in ("literal_error", "union_tag_invalid"):
         allowed = re.findall(r"'([^']*)'", str(context.get("expected") or context.get("expected_tags")))
-        word = str(context.get("tag", found))
+        word = str(context.get("tag", found))[:60]
         return f"found '{word}'{nearest(word, allowed)}; allowed: {listed(allowed) if allowed else context['expected']}"
     if kind == "union_tag_not_found":
         return "has no 'kind'; allowed: prune, distill, quantize, finetune"
-    shown = repr(found) if not isinstance(found, (dict, list, tuple)) else f"a {type(found).__name__}"
+    if kind == "string_pattern_mismatch":
+        return f"found '{str(found)[:40]}'; letters, digits, spaces, '_', '-', '.' are allowed, at most 80"
+    if kind == "too_short":
+        return "must not be empty"
+    shown = repr(found)[:60] if not isinstance(found, (dict, list, tuple)) else f"a {type(found).__name__}"
     return f"found {shown}; {item['msg'][0].lower()}{item['msg'][1:]}"
 
 

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from slimbridge.errors import SlimbridgeError, listed, nearest
 
 T = TypeVar("T")
+PLUGINS = "slimbridge.plugins"
+"""Entry point group of modules that register methods of their own."""
+
+
+@cache
+def load_plugins() -> None:
+    """Import each module of the entry point group, once; SlimbridgeError names one that cannot be."""
+    for entry in entry_points(group=PLUGINS):
+        try:
+            entry.load()
+        except ImportError as error:
+            raise SlimbridgeError(f"plugin '{entry.name}' ({entry.value}) cannot be imported: {error}") from error
 
 
 class Registry(Generic[T]):
@@ -33,6 +47,7 @@ class Registry(Generic[T]):
     def names(self) -> tuple[str, ...]:
         """Registered names, sorted."""
         import_module(self._home)
+        load_plugins()
         return tuple(sorted(self._entries))
 
     def get(self, name: str) -> T:

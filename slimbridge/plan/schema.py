@@ -63,7 +63,7 @@ class ModelSection(Section):
     """
 
     name: str
-    num_classes: Positive = 10
+    num_classes: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     in_channels: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     options: Options = {}
@@ -84,15 +84,24 @@ class DataSection(Section):
     options: Options = {}
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSection(Section):
     """See `slimbridge.ports.OptimizerSettings`; momentum and nesterov are for sgd, betas and eps for adam, adamw."""
 
     kind: Literal["sgd", "adam", "adamw"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0001
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0001
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+
+    @model_validator(mode="after")
+    def _nesterov(self) -> OptimizerSection:
+        if self.nesterov and (self.kind != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov needs kind sgd with a momentum above 0")
+        return self
 
 
 class TrainSection(Section):
@@ -109,10 +118,16 @@ class TrainSection(Section):
 
     epochs: Positive
     batch_size: Positive = 64
-    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] = 0.05
     schedule: ScheduleName = "cosine"
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     optimizer: OptimizerSection = OptimizerSection()
+
+    @model_validator(mode="after")
+    def _warm(self) -> TrainSection:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}")
+        return self
 
 
 class BaselineSection(Section):
@@ -149,7 +164,7 @@ class LossSection(Section):
 
     loss: LossName
     weight: Annotated[float, Field(gt=0)] = 1.0
-    temperature: Annotated[float, Field(gt=0)] | None = None
+    temperature: Annotated[float, Field(gt=0, le=1000)] | None = None
     student: str | None = None
     teacher: str | None = None
 
@@ -232,7 +247,7 @@ class Plan(Section):
     """One compression plan.
 
     Attributes:
-        name: of the plan, for reports.
+        name: of the plan, for reports and folders: letters, digits, spaces, '_', '-', '.'; at most 80.
         model, data: from the zoo and the shipped data sets; either may be passed as an argument instead.
         task: fixes the loss on labels and the metric.
         backend: a registered backend's name; None takes the model's own, or the one named when the plan is run.
@@ -242,7 +257,7 @@ class Plan(Section):
         stages: in the order they run.
     """
 
-    name: str = "plan"
+    name: Annotated[str, Field(pattern=r"^[\w][\w .-]{0,79}$")] = "plan"
     model: ModelSection | None = None
     data: DataSection | None = None
     task: Literal["classification"] = "classification"

@@ -32,7 +32,7 @@ class Quantizer:
         Raises:
             ModelError: a pattern of ignored_layers matches nothing, or no layer is left.
         """
-        candidates = [layer for layer in layers if layer.kind in QUANTIZABLE]
+        candidates = [layer for layer in layers if layer.kind in QUANTIZABLE and "weight" in layer.params]
         paths = [layer.path for layer in candidates]
         for pattern in self.stage.ignored_layers:
             if not any(fnmatchcase(path, pattern) for path in paths):

@@ -58,6 +58,7 @@ class StageRecord(_Record):
         latency: of one forward pass.
         seconds: the stage took, resumed parts included.
         input_digest: digest of the weights that the stage started from.
+        weights_digest: digest of the weights that it ended with.
         decision_digest: digest of what it decided, None for training alone.
         epochs: its training.
         notes: what a reader must know, e.g. layers that were left alone.
@@ -74,6 +75,7 @@ class StageRecord(_Record):
     latency: LatencyRecord
     seconds: float
     input_digest: str
+    weights_digest: str = ""
     decision_digest: str | None = None
     epochs: tuple[EpochRecord, ...] = ()
     notes: tuple[str, ...] = ()
@@ -89,6 +91,7 @@ class RunReport(_Record):
         machine: processor, cores, operating system, Python.
         device: "cpu" or "gpu".
         metric_name: e.g. "accuracy".
+        metric_is_share: is the metric 0..1, to be shown as per cent?
         stages: the baseline and each stage, in order.
     """
 
@@ -98,6 +101,7 @@ class RunReport(_Record):
     machine: str
     device: str
     metric_name: str
+    metric_is_share: bool = True
     stages: tuple[StageRecord, ...]
 
     def __str__(self) -> str:

@@ -128,6 +128,25 @@ def to_numpy(value: object) -> Array:
     return array
 
 
+def check_classes(targets: Array, output: tuple[int, ...], part: str) -> None:
+    """Refuse labels that are not integers 0..K-1, one for each sample, for outputs (N, K).
+
+    Raises:
+        DataError: what was found, and what is allowed.
+    """
+    if len(output) != 2:
+        raise DataError(f"classification needs outputs (N, classes), the model gives {output}")
+    if targets.ndim != 1 or targets.dtype.kind not in "iu":
+        raise DataError(
+            f"{part}: labels must be integers of shape (N,), found {targets.dtype} of shape {targets.shape}; "
+            "turn one-hot labels into classes, or pass a loss of your own"
+        )
+    if targets.min() < 0 or targets.max() >= output[1]:
+        raise DataError(
+            f"{part}: labels {targets.min()}..{targets.max()} for a model of {output[1]} classes (0..{output[1] - 1})"
+        )
+
+
 def _sliced(split: Split, size: int, order: NDArray[np.int64]) -> Iterator[Batch]:
     inputs = _as_tuple(split.inputs)
     for rows in np.array_split(order, -(-len(order) // size)):

@@ -11,6 +11,8 @@ from slimbridge.tasks.data import Data, DataError, Split
 
 SIDE = 8
 """Side of the original images, pixels."""
+LARGEST = 256
+"""Side of the largest images made of them, pixels."""
 LEVELS = 16.0
 """Largest grey value of the original images."""
 
@@ -23,7 +25,7 @@ def load(channels: int = 3, image_size: int = SIDE, shifts: bool = False) -> Dat
 
     Args:
         channels: 1, or 3 for the grey value three times.
-        image_size: side in pixels, at least 8; larger images are interpolated bilinearly (pixel centres at halves,
+        image_size: side in pixels, 8 to 256; larger images are interpolated bilinearly (pixel centres at halves,
             borders repeated).
         shifts: train also on each image moved by one of the original pixels to each of the four sides, which makes
             5 times as many.
@@ -35,8 +37,8 @@ def load(channels: int = 3, image_size: int = SIDE, shifts: bool = False) -> Dat
         raise DataError(f"digits: channels must be 1 or 3, found {channels!r}")
     if not isinstance(shifts, bool):
         raise DataError(f"digits: shifts must be true or false, found {shifts!r}")
-    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < SIDE:
-        raise DataError(f"digits: image_size must be an integer of at least {SIDE}, found {image_size!r}")
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or not SIDE <= image_size <= LARGEST:
+        raise DataError(f"digits: image_size must be an integer {SIDE}..{LARGEST}, found {image_size!r}")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

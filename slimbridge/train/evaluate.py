@@ -44,7 +44,11 @@ def evaluate(
         outputs.append(outputs_of(backend, model, inputs))
         targets.append(wanted)
         progress.step()
-    value = float(metric(np.concatenate(outputs), np.concatenate(targets)))
+    found = metric(np.concatenate(outputs), np.concatenate(targets))
+    try:
+        value = float(found)
+    except (TypeError, ValueError) as error:
+        raise SlimbridgeError(f"the metric must give a number, found {type(found).__name__}") from error
     if not np.isfinite(value):
         raise SlimbridgeError(f"the metric is {value} over {sum(map(len, targets))} samples; it must be finite")
     return value

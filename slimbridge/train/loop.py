@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ def train(backend: Backend, model: Model, training: Training) -> tuple[Model, tu
         training.progress.step()
     for epoch in range(len(history), settings.epochs):
         started = time.perf_counter()
-        backend.seed(derived_seed(training.seed, training.stream, epoch))
+        seed_all(backend, derived_seed(training.seed, training.stream, epoch))
         mean = _Mean()
         rate = 0.0
         for step, (inputs, targets) in enumerate(_epoch(training, epoch)):
@@ -102,6 +103,13 @@ def optimizer_settings(settings: TrainSection) -> OptimizerSettings:
     return OptimizerSettings(**settings.optimizer.model_dump())
 
 
+def seed_all(backend: Backend, seed: int) -> None:
+    """Seed the framework, NumPy's and Python's global generators, from which loaders and augmentations draw."""
+    backend.seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
 def derived_seed(seed: int, *stream: int | str) -> int:
     """A seed 0..2**31-1 that depends on the arguments only."""
     return int(generator(seed, *stream).bit_generator.random_raw()) & 0x7FFFFFFF
@@ -110,11 +118,16 @@ def derived_seed(seed: int, *stream: int | str) -> int:
 def _epoch(training: Training, epoch: int) -> Iterator[Batch]:
     """The batches of one epoch; a last batch of a single sample is left out, BatchNorm cannot use it."""
     order = None
+    last: Batch | None = None
     if isinstance(training.source, Split):
         order = epoch_order(len(training.source), training.seed, training.stream, epoch)
-    for index, (inputs, targets) in enumerate(batches(training.source, training.settings.batch_size, order)):
-        if len(targets) > 1 or index == 0 or training.settings.batch_size == 1:
-            yield inputs, targets
+    before: Batch | None = None
+    for batch in batches(training.source, training.settings.batch_size, order):
+        if before is not None:
+            yield before
+        last, before = before, batch
+    if before is not None and not (len(before[1]) == 1 and last is not None and len(last[1]) > 1):
+        yield before
 
 
 class _Mean:

@@ -1,0 +1,130 @@
+"""Goes through a plan's stages without training: finds, before anything costs time, what would stop the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from slimbridge.distill import Distiller, missing_paths
+from slimbridge.errors import SlimbridgeError
+from slimbridge.plan import DistillStage, Plan, PruneStage, QuantizeStage
+from slimbridge.ports import Array, Backend, Model, tensors_in
+from slimbridge.prune import Pruner
+from slimbridge.quantize import Quantizer
+from slimbridge.tasks import Data, Split, batches
+from slimbridge.tasks.data import check_classes
+from slimbridge.weights import load_weights
+
+T = TypeVar("T")
+
+
+def first_inputs(data: Data, count: int) -> tuple[Array, ...]:
+    """Inputs of the first `count` test samples (fewer where there are fewer, or a loader's first batch is smaller)."""
+    return first_batch(data.test, count)[0]
+
+
+def first_batch(source: Any, count: int) -> tuple[tuple[Array, ...], Array]:
+    """The first `count` samples, inputs and targets."""
+    order = np.arange(min(count, len(source))) if isinstance(source, Split) else None
+    inputs, targets = next(iter(batches(source, count, order)))
+    return tuple(array[:count] for array in inputs), targets[:count]
+
+
+def rehearse(backend: Backend, plan: Plan, model: Model, data: Data, task_loss: bool = True) -> list[str]:
+    """All that would stop a run, one line each; an empty list when nothing would.
+
+    Args:
+        backend: the model's backend.
+        plan: it is gone through stage by stage; a stage that fails is left out for those after it.
+        model: left as it is.
+        data: one sample of it is run, and the labels are looked at.
+        task_loss: the loss is the task's own, so labels must be classes.
+    """
+    rehearsal = Rehearsal(backend, plan)
+    rehearsal.run(model, data, task_loss)
+    return rehearsal.findings
+
+
+class Rehearsal:
+    """Collects findings."""
+
+    def __init__(self, backend: Backend, plan: Plan) -> None:
+        self.backend, self.plan = backend, plan
+        self.findings: list[str] = []
+
+    def run(self, model: Model, data: Data, task_loss: bool) -> None:
+        """Go through the plan; see `rehearse`."""
+        backend = self.backend
+        model = backend.clone(model)
+        weights = self.plan.baseline.weights
+        if weights is not None:
+            self.attempt("baseline.weights", lambda: backend.write(model, load_weights(Path(weights))))
+        inputs, _ = first_batch(data.test, 1)
+        done = self.attempt("the data does not fit the model", lambda: backend.forward(model, inputs))
+        if done is None:
+            return
+        if task_loss:
+            output = tensors_in(done.output)[0]
+            self.attempt("data", partial(_check_labels, data, tuple(backend.ops.shape(output))))
+        self._stages(model, inputs)
+
+    def attempt(self, where: str, work: Callable[[], T]) -> T | None:
+        """The result of some work, or None and a finding."""
+        try:
+            return work()
+        except SlimbridgeError as error:
+            self.findings.extend(f"{where}: {line}" for line in str(error).splitlines())
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, OSError) as error:
+            self.findings.append(f"{where}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        return None
+
+    def _stages(self, model: Model, example: tuple[Array, ...]) -> None:
+        backend, student = self.backend, model
+        for index, stage in enumerate(self.plan.stages):
+            where = f"stages[{index}]"
+            if isinstance(stage, PruneStage):
+                pruned = self.attempt(where, partial(Pruner(stage).prune, backend, student, example))
+                pruned = pruned or self._without_wrong_names(stage, student, example)
+                student = pruned[0] if pruned is not None else student
+            elif isinstance(stage, QuantizeStage):
+                self.attempt(where, partial(Quantizer(stage).chosen, backend.layers(student)))
+            elif isinstance(stage, DistillStage):
+                self._distill(where, stage, student, model, example)
+
+    def _without_wrong_names(self, stage: PruneStage, model: Model, example: tuple[Array, ...]) -> Any:
+        """Prune once more without the patterns that match nothing, so that later stages can be looked at."""
+        paths = [layer.path for layer in self.backend.layers(model)]
+        right = tuple(p for p in stage.ignored_layers if any(fnmatchcase(path, p) for path in paths))
+        if right == stage.ignored_layers:
+            return None
+        try:
+            return Pruner(stage.model_copy(update={"ignored_layers": right})).prune(self.backend, model, example)
+        except SlimbridgeError:
+            return None
+
+    def _distill(self, where: str, stage: DistillStage, student: Model, teacher: Model, example: Any) -> None:
+        distiller = Distiller(stage)
+        if stage.teacher.model != "baseline":
+            path = Path(str(stage.teacher.weights))
+            self.attempt(f"{where}.teacher.weights", lambda: load_weights(path))
+            return
+        missing = list(self._missing(distiller, student, teacher))
+        self.findings.extend(f"{where}.losses: {line}" for line in missing)
+        if not missing:
+            self.attempt(where, lambda: distiller.decide(self.backend, student, teacher, "", example))
+
+    def _missing(self, distiller: Distiller, student: Model, teacher: Model) -> Iterator[str]:
+        for word, model in (("student", student), ("teacher", teacher)):
+            yield from missing_paths(distiller.paths(word), self.backend.module_paths(model), word)
+
+
+def _check_labels(data: Data, output: tuple[int, ...]) -> None:
+    """Labels must be classes of the model: all of them where they lie in memory, else those of the first batch."""
+    for part, source in (("train", data.train), ("test", data.test)):
+        targets = source.targets if isinstance(source, Split) else first_batch(source, 1 << 30)[1]
+        check_classes(targets, output, part)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slimbridge.discovery import find_backend
-from slimbridge.errors import PlanError
+from slimbridge.errors import BackendError, PlanError
 from slimbridge.plan import Plan, load_plan
 from slimbridge.ports import Backend
 from slimbridge.rehearse import Rehearsal
@@ -29,6 +29,8 @@ def check(source: str | Path | Mapping[str, Any] | Plan, backend: str | None = N
         side = find_backend(None, backend or plan.backend)
     except PlanError as error:
         return list(error.findings)
+    except BackendError as error:
+        return [f"backend: {error}"]
     return _findings(plan, side)
 
 

@@ -229,7 +229,7 @@ class RunFolder:
 
     def changes(self, upto: str) -> list[Decision]:
         """The decisions that change a model's form, of the complete stages up to and including one, in order."""
-        names = [name for name in stage_names(self.plan()) if name <= upto]
+        names = [name for name in stage_names(self.plan()) if name <= upto and self.done(name)]
         found = [self.decision(name) for name in names]
         return [decision for decision in found if decision is not None and not isinstance(decision, DistillDecision)]
 

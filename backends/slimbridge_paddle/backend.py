@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pickle import PickleError
 from typing import Any
 
 import paddle
 
 from slimbridge.decisions import PruneDecision, QuantizeDecision
-from slimbridge.errors import BackendError, listed
+from slimbridge.errors import BackendError, ModelError, listed
 from slimbridge.graph import Graph
 from slimbridge.ports import (
     Array,
@@ -89,8 +90,18 @@ class PaddleBackend:
         return model
 
     def clone(self, model: Model) -> Model:
-        """A deep copy: weights, buffers, modes and hooks."""
-        return copy.deepcopy(model)
+        """A deep copy: weights, buffers, modes and hooks.
+
+        Raises:
+            ModelError: the model, or something that it holds, cannot be copied.
+        """
+        if isinstance(model, paddle.DataParallel):
+            raise ModelError("clone: a paddle.DataParallel cannot be copied; give the model inside, `model._layers`")
+        try:
+            return copy.deepcopy(model)
+        except (TypeError, RuntimeError, PickleError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            raise ModelError(f"clone: this {type(model).__name__} cannot be copied: {reason}") from error
 
     def tensor(self, model: Model, array: Array) -> Tensor:
         """A tensor on the model's device, in its dtype."""
@@ -98,8 +109,7 @@ class PaddleBackend:
 
     def forward(self, model: Model, inputs: Sequence[Array | Tensor], capture: Sequence[str] = ()) -> Pass:
         """One eval pass without gradient."""
-        with run.mode(model, train=False), paddle.no_grad():
-            return run.run(model, inputs, capture)
+        return run.forward(model, inputs, capture)
 
     def gradients(self, model: Model, inputs: Sequence[Array], loss: Loss, train: bool = False) -> dict[str, Array]:
         """Gradient of the loss; the model is left unchanged."""

@@ -161,8 +161,9 @@ def write(model: Any, arrays: Mapping[str, Array], partial: bool) -> None:
     missing = [entry.name for entry in entries(model) if id(entry.tensor) not in chosen]
     if missing and not partial:
         raise ModelError(f"write: {len(missing)} parameters are missing: {listed(missing, 4)}")
-    for entry, value in chosen.values():
-        assign(entry.tensor, entry.canonical(value.astype(dtype_name(entry.tensor))))
+    ready = [(entry, entry.canonical(value.astype(dtype_name(entry.tensor)))) for entry, value in chosen.values()]
+    for entry, stored in ready:
+        assign(entry.tensor, stored)
 
 
 def _checked(entry: Entry, value: Array) -> Array:

@@ -47,6 +47,32 @@ def hooked(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
+def check_output(item: object, purpose: str) -> None:
+    """Is it something that a model may return, beside the lists, tuples and dicts around it?
+
+    Raises:
+        ModelError: it is no tensor and no plain value, so that tensors may hide in it.
+    """
+    allowed = (paddle.Tensor, paddle.pir.Value, int, float, str, bool)
+    if item is not None and not isinstance(item, allowed):
+        raise ModelError(
+            f"{purpose}: the model returns a {type(item).__name__}; allowed: tensors in lists, tuples and dicts"
+        )
+
+
+def forward(model: Any, inputs: Sequence[Any], capture: Sequence[str]) -> Pass:
+    """One eval pass without gradient, its output known to be made of tensors.
+
+    Raises:
+        ModelError: as `run`, or the output holds something else.
+    """
+    with mode(model, train=False), paddle.no_grad():
+        done = run(model, inputs, capture)
+    for item in tensors_in(done.output):
+        check_output(item, "forward")
+    return done
+
+
 def run(model: Any, inputs: Sequence[Any], capture: Sequence[str]) -> Pass:
     """One forward pass in the mode and gradient setting of the moment.
 
@@ -58,8 +84,8 @@ def run(model: Any, inputs: Sequence[Any], capture: Sequence[str]) -> Pass:
     def keep(path: str) -> Callable[..., None]:
         def hook(layer: Any, args: Any, output: Any) -> None:
             found = tensors_in(output)
-            if not found:
-                raise ModelError(f"capture: layer '{path}' gives no tensor")
+            if not found or not isinstance(found[0], paddle.Tensor):
+                raise ModelError(f"capture: layer '{path}' gives no tensor but a {type(output).__name__}")
             features[path] = found[0]
 
         return hook
@@ -74,15 +100,24 @@ def run(model: Any, inputs: Sequence[Any], capture: Sequence[str]) -> Pass:
     return Pass(output, features)
 
 
+def _check_terms(terms: object) -> None:
+    if not isinstance(terms, Mapping):
+        raise ModelError(f"loss: a dict of terms is needed, found {type(terms).__name__}")
+    if not terms:
+        raise ModelError("loss: it returned no terms")
+    for name, term in terms.items():
+        if not isinstance(term, paddle.Tensor) or int(np.prod(term.shape)) != 1:
+            found = tuple(term.shape) if isinstance(term, paddle.Tensor) else type(term).__name__
+            raise ModelError(f"loss: term '{name}' must be a scalar tensor, found {found}")
+
+
 def summed(terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
     """The sum of a loss's terms, and each as a number.
 
     Raises:
-        ModelError: there is no term, one is not a scalar, or one is not finite.
+        ModelError: there is no term, one is not a scalar tensor, or one is not finite.
     """
-    wrong = [f"{name} {tuple(term.shape)}" for name, term in terms.items() if int(np.prod(term.shape)) != 1]
-    if wrong or not terms:
-        raise ModelError(f"loss: at least one term is needed, each a scalar; found {listed(wrong)}")
+    _check_terms(terms)
     values = {name: float(term.detach().numpy().reshape(())) for name, term in terms.items()}
     bad = [f"{name} = {value}" for name, value in values.items() if not np.isfinite(value)]
     if bad:

@@ -33,7 +33,8 @@ def assign(tensor: Any, array: Array, place: Any = None) -> None:
 
     The object stays, so that tied weights and the references of an optimizer stay true.
     """
-    tensor.value().get_tensor().set(np.ascontiguousarray(array), place_of(tensor) if place is None else place)
+    # np.ascontiguousarray would make one axis of none.
+    tensor.value().get_tensor().set(np.asarray(array, order="C"), place_of(tensor) if place is None else place)
 
 
 def replace_data(tensor: Any, other: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import paddle
 
+from slimbridge.errors import ModelError
 from slimbridge.graph import Graph, Node
 from slimbridge.ports import Array
 from slimbridge_paddle import (
@@ -17,6 +18,7 @@ from slimbridge_paddle import (
 from slimbridge_paddle.capture import Program, capture
 from slimbridge_paddle.names import Entry, entries
 from slimbridge_paddle.refs import Active, Bundle, Literal, Ref, Stored, Unsupported
+from slimbridge_paddle.run import check_output
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -25,7 +27,7 @@ def trace(model: Any, inputs: Sequence[Array]) -> Graph:
     """The graph of one eval pass; see `slimbridge.ports.Backend.trace`.
 
     Raises:
-        ModelError: the pass cannot be captured.
+        ModelError: the pass cannot be captured, a shape is not known, or an output is not a tensor.
     """
     program = capture(model, inputs)
     known = entries(model)
@@ -109,23 +111,39 @@ class Builder:
                     del self.shapes[output]
             del self.nodes[before:]
             found = self._unknown(call)
+        for node in self.nodes[before:]:
+            self._check_shapes(node, call.name)
         for value, ref in zip(results, found, strict=False):
             self.refs[value.id] = ref
 
+    def _check_shapes(self, node: Node, op: str) -> None:
+        """Raise ModelError for a shape that the program does not know: Paddle writes -1 there."""
+        for output in node.outputs:
+            if any(size < 0 for size in self.shapes[output]):
+                raise ModelError(
+                    f"trace: '{op}' in layer '{node.name}' gives the shape {self.shapes[output]}; -1 stands for a size that\n"
+                    f"depends on the data, or for an example input that is too small for the layer"
+                )
+
     def _unknown(self, call: trace_ops.Call) -> list[Ref]:
-        """Everything that the operation reads and makes; inner blocks read what they captured."""
+        """Everything that the operation reads and makes; inner blocks read what they captured.
+
+        A result that nothing reads is left out where its shape is not known (scratch space of a normalisation).
+        """
         read = [*call.operands, *(self.refs.get(key) for key in _captured(call.operation))]
         inputs = tuple(dict.fromkeys(self.tensor(ref) for ref in _flat(read) if not isinstance(ref, Literal)))
         kinds = [value.type().as_vec_type() for value in call.results]
         shapes = [
-            [tuple(int(size) for size in item.shape) for item in kind.as_list()] if kind else [shape_of(value)]
+            [tuple(int(size) for size in item.shape) for item in kind.as_list()] if kind else self._used_shape(value)
             for value, kind in zip(call.results, kinds, strict=True)
         ]
         made = iter(self.emit("unknown", inputs, [shape for group in shapes for shape in group], op=call.name))
-        return [
-            Bundle(tuple(Active(next(made)) for _ in group)) if kind else Active(next(made))
-            for group, kind in zip(shapes, kinds, strict=True)
-        ]
+        refs = [tuple(Active(next(made)) for _ in group) for group in shapes]
+        return [ref[0] if len(ref) == 1 and not kind else Bundle(ref) for ref, kind in zip(refs, kinds, strict=True)]
+
+    def _used_shape(self, value: Any) -> list[Shape]:
+        shape = shape_of(value)
+        return [] if min(shape, default=0) < 0 and not self.uses.get(value.id) else [shape]
 
     def emit(
         self,
@@ -175,14 +193,21 @@ class Builder:
         self.nodes[index] = replace(node, params={**node.params, "bias": name})
 
     def outputs(self) -> list[int]:
-        """Tensor ids of the model's outputs; what is not a tensor is left out."""
+        """Tensor ids of the model's outputs; plain numbers and strings are left out.
+
+        Raises:
+            ModelError: an output is of a type that nothing can be said about, or there is no tensor.
+        """
         found: list[int] = []
         for output in self.program.outputs:
+            check_output(output, "trace")
             if isinstance(output, paddle.pir.Value):
                 found.extend(self.tensor(ref) for ref in _flat([self.refs[output.id]]))
-            elif hasattr(output, "shape"):
+            elif isinstance(output, paddle.Tensor):
                 entry = self.entries.get(id(output))
                 found.append(self.tensor(Stored(entry, shape_of(output))))
+        if not found:
+            raise ModelError("trace: the model returns no tensor")
         return found
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from slimbridge_paddle.refs import Active, Bundle, Literal, Ref, Stored, Unsupported
 
 if TYPE_CHECKING:
@@ -282,7 +284,44 @@ def _slice(builder: Builder, call: Call) -> list[Ref]:
     return [Active(made)]
 
 
-@handles("expand", "expand_as", "tile")
+@handles("tile")
+def _tile(builder: Builder, call: Call) -> list[Ref]:
+    """Joined with itself along each axis that is repeated; an axis of one entry is a broadcast."""
+    made = builder.tensor(call.operand(0))
+    rank, shape = len(call.shape), builder.shapes[made]
+    if len(shape) < rank:
+        shape = (1,) * (rank - len(shape)) + shape
+        made = builder.one("reshape", (made,), shape)
+    for axis, (old, new) in enumerate(zip(shape, call.shape, strict=True)):
+        if old == new:
+            continue
+        if old == 0 or new == 0:
+            raise Unsupported
+        shape = (*shape[:axis], new, *shape[axis + 1 :])
+        if old == 1:
+            made = builder.one("expand", (made,), shape)
+        else:
+            made = builder.one("concat", (made,) * (new // old), shape, axis=axis)
+    return [Active(made)]
+
+
+@handles("where")
+def _where(builder: Builder, call: Call) -> list[Ref]:
+    """The condition meets one choice, then the other."""
+    made = builder.tensor(call.operand(0))
+    for ref in call.operands[1:]:
+        if isinstance(ref, Literal) and prod(ref.shape) == 1:
+            made = builder.one("elementwise", (made,), builder.shapes[made], op="where")
+            continue
+        other = builder.tensor(ref)
+        shape = np.broadcast_shapes(builder.shapes[made], builder.shapes[other])
+        made = builder.one("binary", (made, other), shape, op="where")
+    if builder.shapes[made] != call.shape:
+        raise Unsupported
+    return [Active(made)]
+
+
+@handles("expand", "expand_as")
 def _expand(builder: Builder, call: Call) -> list[Ref]:
     source = builder.tensor(call.operand(0))
     shape = builder.shapes[source]
@@ -297,6 +336,9 @@ def _pad(builder: Builder, call: Call) -> list[Ref]:
     attrs = channels_first(call)
     source = builder.tensor(call.operand(0))
     rank = len(call.shape)
+    mode = str(attrs.get("mode", "constant"))
+    if mode not in ("constant", "reflect", "replicate", "circular"):
+        raise Unsupported
     pads: tuple[tuple[int, int], ...]
     if call.name == "pad":
         call.only_literals(1)
@@ -306,7 +348,7 @@ def _pad(builder: Builder, call: Call) -> list[Ref]:
         flat = list(call.integers(1))
         spatial = [(flat[2 * index], flat[2 * index + 1]) for index in range(len(flat) // 2)][::-1]
         pads = (*((0, 0),) * (rank - len(spatial)), *spatial)
-    return [Active(builder.one("pad", (source,), call.shape, pads=pads))]
+    return [Active(builder.one("pad", (source,), call.shape, pads=pads, mode=mode))]
 
 
 @handles("pool2d", "pool3d", "max_pool2d_with_index", "max_pool3d_with_index")
@@ -334,7 +376,7 @@ def _reduce(builder: Builder, call: Call) -> list[Ref]:
     return [Active(made)]
 
 
-@handles("softmax")
+@handles("softmax", "log_softmax")
 def _softmax(builder: Builder, call: Call) -> list[Ref]:
     axis = int(call.attrs["axis"]) % len(call.shape)
     return [Active(builder.one("softmax", (builder.tensor(call.operand(0)),), call.shape, axis=axis))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -219,18 +219,35 @@ def _values_per_channel(layer: Any, args: Any) -> int:
     return int(np.prod(args[0].shape)) // int(layer._mean.shape[0])
 
 
+@contextmanager
+def undone_on_failure(model: Any) -> Iterator[None]:
+    """Running statistics as before if anything is raised inside."""
+    layers = [layer for layer in model.sublayers(include_self=True) if isinstance(layer, BATCH_NORMS)]
+    kept = [(tensor, tensor.clone()) for layer in layers for tensor in (layer._mean, layer._variance)]
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            for tensor, old in kept:
+                replace_data(tensor, old)
+
+
 def train_step(
     model: Any, optimizer: PaddleOptimizer, inputs: Sequence[Array], loss: Loss, capture: Sequence[str]
 ) -> dict[str, float]:
-    """One step in train mode, which the model keeps; the terms of the loss before it."""
+    """One step in train mode, which the model keeps; the terms of the loss before it.
+
+    A step that fails leaves parameters and running statistics as they were.
+    """
     model.train()
     optimizer.zero_grad()
-    with ExitStack() as stack:
-        stack.enter_context(quiet_training())
-        stack.enter_context(unbiased_statistics(model))
-        done = run(model, inputs, capture)
-    total, values = summed(loss(done))
-    total.backward()
-    optimizer.step()
+    with undone_on_failure(model):
+        with quiet_training(), unbiased_statistics(model):
+            done = run(model, inputs, capture)
+        total, values = summed(loss(done))
+        total.backward()
+        optimizer.step()
     optimizer.zero_grad()
     return values

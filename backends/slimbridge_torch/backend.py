@@ -73,6 +73,7 @@ class TorchBackend:
             raise BackendError(f"torch: device '{device}' is not there; this machine has: {', '.join(_devices())}")
         if dtype not in _DTYPES:
             raise BackendError(f"torch: dtype '{dtype}' is unknown; allowed: {', '.join(_DTYPES)}")
+        names.check_ready(model, "place")
         return model.to(device=_DEVICES[device], dtype=_DTYPES[dtype])
 
     def layers(self, model: nn.Module) -> tuple[Layer, ...]:
@@ -97,8 +98,16 @@ class TorchBackend:
         return model
 
     def clone(self, model: nn.Module) -> nn.Module:
-        """An independent copy."""
-        return copy.deepcopy(model)
+        """An independent copy.
+
+        Raises:
+            ModelError: a part of the model cannot be copied, or has no data yet.
+        """
+        names.check_ready(model, "clone")
+        try:
+            return copy.deepcopy(model)
+        except (RuntimeError, TypeError) as error:
+            raise ModelError(f"clone: the model cannot be copied: {_uncopied(model, error)}") from error
 
     def tensor(self, model: nn.Module, array: Array) -> Tensor:
         """A tensor of its own memory on the model's device.
@@ -113,7 +122,7 @@ class TorchBackend:
             raise ModelError(f"input: dtype {array.dtype} is not allowed; floating, integer and bool arrays are")
         if array.dtype.kind == "u":
             array = array.astype(np.int64)
-        return torch.tensor(np.ascontiguousarray(array), dtype=kinds[array.dtype.kind], device=like.device)
+        return torch.tensor(np.asarray(array, order="C"), dtype=kinds[array.dtype.kind], device=like.device)
 
     def forward(self, model: nn.Module, inputs: Sequence[Array | Tensor], capture: Sequence[str] = ()) -> Pass:
         """Eval mode, no gradient. A layer that runs several times gives its last output."""
@@ -197,6 +206,18 @@ def _like(model: nn.Module) -> Tensor:
     """The model's first floating tensor, a float32 one on the CPU if it has none."""
     tensors = (t for held in (model.parameters(), model.buffers()) for t in held if t.is_floating_point())
     return next(tensors, torch.empty(0))
+
+
+def _uncopied(model: nn.Module, error: Exception) -> str:
+    """Why a deep copy failed, in one line."""
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                return (
+                    f"'{name}' of layer '{path}' is a computed tensor that carries its gradient's history "
+                    f"(torch.nn.utils.weight_norm keeps one; torch.nn.utils.parametrizations.weight_norm does not)"
+                )
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _own(optimizer: Optimizer) -> training.TorchOptimizer:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from slimbridge.errors import ModelError, nearest
 from slimbridge.ports import Array, Layer
@@ -59,13 +60,19 @@ def canonical(model: nn.Module) -> dict[str, Tensor]:
 
 
 def layers(model: nn.Module) -> tuple[Layer, ...]:
-    """The modules that hold tensors of their own, in order of definition; roles are the attributes' names."""
+    """The modules that hold tensors of their own, in order of definition; roles are the attributes' names.
+
+    A convolution or linear layer whose weight is computed (a parametrisation such as weight_norm) is "unknown".
+    """
     names = {id(tensor): name for name, tensor in canonical(model).items()}
     found = []
     for path, module in model.named_modules():
         params = {role: names[id(tensor)] for role, tensor in own_tensors(module)}
+        kind = kind_of(module)
+        if kind in ("conv", "linear") and "weight" not in params:
+            kind = "unknown"
         if params:
-            found.append(Layer(path, kind_of(module), params))
+            found.append(Layer(path, kind, params))
     return tuple(found)
 
 
@@ -84,9 +91,54 @@ def find_modules(model: nn.Module, paths: Iterator[str] | tuple[str, ...], purpo
     return found
 
 
+def check_ready(model: nn.Module, purpose: str) -> None:
+    """Does every parameter and buffer have a shape and data?
+
+    Raises:
+        ModelError: a lazy layer that never ran, or a tensor on the meta device; the message starts with `purpose`.
+    """
+    for held in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in held:
+            if is_lazy(tensor):
+                raise ModelError(f"{purpose}: '{name}' has no shape yet; run the model once first")
+            if tensor.device.type == "meta":
+                raise ModelError(f"{purpose}: '{name}' is on the meta device and has no data; load the weights first")
+
+
+def to_array(tensor: Tensor) -> Array:
+    """A copy on the host; floating types that NumPy lacks (bfloat16, the 8-bit ones) become float32, exactly."""
+    held = tensor.detach().cpu()
+    if held.is_floating_point() and held.dtype not in _NUMPY_FLOATS:
+        held = held.float()
+    return np.array(held.numpy())
+
+
+_NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
+
+
+def to_tensor(array: Array, what: str) -> Tensor:
+    """A tensor of its own memory, of the array's shape and type, on the host.
+
+    Raises:
+        ModelError: torch has no such type; the message starts with `what`.
+    """
+    array = np.asarray(array, order="C")  # np.ascontiguousarray would make a vector of a 0-d array
+    if array.dtype.kind not in "biufc":
+        raise ModelError(f"{what}: dtype {array.dtype} is not allowed; bool, integer and floating arrays are")
+    try:
+        return torch.tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except TypeError as error:
+        raise ModelError(f"{what}: torch has no type for dtype {array.dtype}") from error
+
+
 def read(model: nn.Module) -> dict[str, Array]:
-    """Copies of all canonical tensors."""
-    return {name: np.array(tensor.detach().cpu().numpy()) for name, tensor in canonical(model).items()}
+    """Copies of all canonical tensors; see `to_array` for types that NumPy lacks.
+
+    Raises:
+        ModelError: a tensor has no data; see `check_ready`.
+    """
+    check_ready(model, "read")
+    return {name: to_array(tensor) for name, tensor in canonical(model).items()}
 
 
 def write(model: nn.Module, arrays: dict[str, Array], partial: bool) -> None:
@@ -95,9 +147,12 @@ def write(model: nn.Module, arrays: dict[str, Array], partial: bool) -> None:
     A tied tensor may come under any of its names.
 
     Raises:
-        ModelError: names that are unknown, missing, of another shape, or that give one tensor two values.
+        ModelError: names that are unknown, missing, of another shape or type, or that give one tensor two values;
+            a tensor that cannot be written to.
     """
+    check_ready(model, "write")
     known = all_names(model)
+    values: dict[str, Tensor] = {}
     chosen: dict[int, tuple[str, Array]] = {}
     for name, array in arrays.items():
         if name not in known:
@@ -105,6 +160,8 @@ def write(model: nn.Module, arrays: dict[str, Array], partial: bool) -> None:
         tensor = known[name]
         if tuple(tensor.shape) != array.shape:
             raise ModelError(f"write: '{name}' has shape {tuple(tensor.shape)}, the array has {array.shape}")
+        values[name] = to_tensor(array, f"write: '{name}'")
+        _check_writable(name, tensor, values[name])
         first, other = chosen.setdefault(id(tensor), (name, array))
         if not np.array_equal(other, array, equal_nan=array.dtype.kind == "f"):
             raise ModelError(f"write: '{first}' and '{name}' are one tied tensor but were given different values")
@@ -112,5 +169,14 @@ def write(model: nn.Module, arrays: dict[str, Array], partial: bool) -> None:
     if missing and not partial:
         raise ModelError(f"write: {len(missing)} of the model's tensors were not given, '{missing[0]}' first")
     with torch.no_grad():
-        for name in arrays:
-            known[name].copy_(torch.tensor(np.ascontiguousarray(arrays[name])))
+        for name, value in values.items():
+            known[name].copy_(value)
+
+
+def _check_writable(name: str, tensor: Tensor, value: Tensor) -> None:
+    if value.is_complex() and not tensor.is_complex():
+        raise ModelError(f"write: '{name}' is real, the array is complex")
+    if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ModelError(f"write: '{name}' is an expanded tensor, whose entries share memory; clone it in the model")
+    if tensor.is_inference():
+        raise ModelError(f"write: '{name}' was made in inference mode, which forbids changes; clone it in the model")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from slimbridge_torch.names import to_array
 
 Tensor = Any
 Axis = int | tuple[int, ...] | None
@@ -23,9 +24,8 @@ class TorchOps:
     """`slimbridge.ports.Ops` for PyTorch; see there for what each one means."""
 
     def numpy(self, x: Tensor) -> NDArray[Any]:
-        """A copy on the host."""
-        copied: NDArray[Any] = np.array(x.detach().cpu().numpy())
-        return copied
+        """A copy on the host; bfloat16 becomes float32."""
+        return to_array(x)
 
     def shape(self, x: Tensor) -> tuple[int, ...]:
         """Sizes as Python integers."""

@@ -123,6 +123,7 @@ class Recorder(TorchDispatchMode):
         nodes: in order of execution.
         shapes: value id -> shape.
         path: the layer that is running.
+        expanded: ids of the tensors that an expansion gave.
     """
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
@@ -130,6 +131,7 @@ class Recorder(TorchDispatchMode):
         self.nodes: list[Node] = []
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.path = ""
+        self.expanded: set[int] = set()
         self._handlers = handlers
         self._values = _Values()
         self._makers: dict[int, Node] = {}
@@ -247,6 +249,8 @@ class Recorder(TorchDispatchMode):
     def _record(self, call: Call, tensors: list[Tensor], before: list[Tensor]) -> None:
         if not call.outs and not before:  # an assertion
             return
+        if not before and self._pass_on(call, tensors):
+            return
         handler = self._handlers.get(call.info.name)
         made = handler(call) if handler is not None else None
         if made is None:
@@ -261,6 +265,18 @@ class Recorder(TorchDispatchMode):
             self._bind(out, value)
         for out in call.outs[len(made) :] if made else ():
             self._values.extra[id(out)] = (f"{call.info.name} (further output)", tensors)
+
+    def _pass_on(self, call: Call, tensors: list[Tensor]) -> bool:
+        """Do only further outputs go in? Then what comes out is one too, and is recorded when data meets it."""
+        values = self._values
+        data = [tensor for tensor in tensors if self._is_data(tensor)]
+        if any(id(tensor) in values.ids or id(tensor) not in values.extra for tensor in data):
+            return False
+        origins = [values.extra[id(tensor)] for tensor in data]
+        sources = [source for _, made_from in origins for source in made_from]
+        for out in call.outs:
+            values.extra[id(out)] = (origins[0][0], sources)
+        return True
 
     def _literal(self, tensor: Tensor) -> int:
         value = self.emit("constant", (), [tensor.shape], None, {})[0]

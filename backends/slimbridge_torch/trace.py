@@ -11,8 +11,10 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import copy
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch.nn.modules import module as hooks
 from slimbridge.errors import ModelError
 from slimbridge.graph import Graph
 from slimbridge.ports import tensors_in
-from slimbridge_torch.names import canonical
+from slimbridge_torch.names import canonical, check_ready
 from slimbridge_torch.record import Recorder
 from slimbridge_torch.trace_fold import fold
 from slimbridge_torch.trace_ops import HANDLERS
@@ -62,11 +64,11 @@ def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Graph:
 
 
 def _check(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("trace: a TorchScript module cannot be traced; give the module that it was made from")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ModelError(f"trace: '{name}' has no shape yet; run the model once before tracing it")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f"layer '{path}' is a TorchScript module, which" if path else "a TorchScript module"
+            raise ModelError(f"trace: {where} cannot be traced; give the module that it was made from")
+    check_ready(model, "trace")
 
 
 def _explained(first: BaseException, second: BaseException, where: str) -> ModelError:
@@ -99,22 +101,24 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def _preserved(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has its old attributes, tensors and mode."""
-    saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    """Eval mode inside; afterwards every module has its old attributes, tensors and mode.
+
+    The entries of attributes that are plain containers come back too: the module's own tables (parameters, buffers,
+    submodules, hooks) as well as a list or dict in which a forward pass keeps tensors for the next one.
+    """
+    saved = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
+    containers = {id(v): (v, copy(v)) for _, attributes in saved for v in attributes.values() if type(v) in _CONTAINERS}
     try:
         model.eval()
         yield
     finally:
-        for module, attributes, parameters, buffers in saved:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            _refill(module._parameters, parameters)
-            _refill(module._buffers, buffers)
+        for held, before in (*saved, *containers.values()):
+            held.clear()
+            add = held.extend if isinstance(held, (list, deque)) else held.update
+            add(before)
 
 
-def _refill(held: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    held.clear()
-    held.update(saved)
+_CONTAINERS = (dict, OrderedDict, defaultdict, set, list, deque)
 
 
 def _empty(tensor: Tensor) -> Tensor:

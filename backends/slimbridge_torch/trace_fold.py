@@ -25,7 +25,10 @@ class _Folder:
         return self.reader[value] if self.uses[value] == 1 and value not in self.outputs else None
 
     def unflatten(self, at: int) -> None:
-        """reshape, linear, reshape -> linear, where the reshapes only merge and part the leading axes."""
+        """reshape, linear, reshape -> linear, where the reshapes only merge and part the leading axes.
+
+        Reshapes of another layer than the linear one stay: the model's code has them, maybe with a width in it.
+        """
         node = self.nodes[at]
         before = self.nodes[self.maker[node.inputs[0]]] if node else None
         reader = self.only_reader(node.outputs[0]) if node else None
@@ -33,6 +36,8 @@ class _Folder:
         if node is None or before is None or after is None or reader is None:
             return
         source, result = self.shapes[before.inputs[0]] if before.inputs else (), self.shapes[after.outputs[0]]
+        if not before.name == node.name == after.name or source == self.shapes[node.inputs[0]]:
+            return
         if before.kind != "reshape" or after.kind != "reshape" or source[:-1] != result[:-1]:
             return
         if source[-1] != self.shapes[node.inputs[0]][-1] or result[-1] != self.shapes[node.outputs[0]][-1]:

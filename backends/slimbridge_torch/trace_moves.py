@@ -7,12 +7,25 @@ from math import prod
 
 from slimbridge_torch.record import Call, Handler
 
-_RESHAPES = "view _unsafe_view reshape _reshape_alias flatten unflatten squeeze unsqueeze"
+_RESHAPES = "view reshape _reshape_alias"
+_SQUEEZES = "_unsafe_view flatten unflatten squeeze unsqueeze"
+_PAD_MODES = {"constant_pad_nd": "constant"} | {
+    f"{op}_pad{rank}d": mode
+    for op, mode in (("reflection", "reflect"), ("replication", "replicate"))
+    for rank in (1, 2, 3)
+}
 
 
 def _reshape(call: Call) -> Sequence[int] | None:
     if call.info.overload == "dtype":  # another reading of the same bits, not of the same numbers
         return None
+    if id(call.args[0]) in call.recorder.expanded:  # torch.matmul does this to its operands
+        return _squeeze(call)
+    # Recorded even where it changes nothing: the model's code may have a width written into it here.
+    return [call.emit("reshape", [call.value(call.args[0])])]
+
+
+def _squeeze(call: Call) -> Sequence[int]:
     return [reshaped(call, call.value(call.args[0]), call.outs[0].shape)]
 
 
@@ -47,6 +60,7 @@ def expanded(call: Call, value: int, shape: Sequence[int]) -> int:
 
 
 def _expand(call: Call) -> Sequence[int]:
+    call.recorder.expanded.add(id(call.outs[0]))
     return [expanded(call, call.value(call.args[0]), call.outs[0].shape)]
 
 
@@ -168,7 +182,7 @@ def _pad(call: Call) -> Sequence[int] | None:
         return None
     pairs = [(numbers[i], numbers[i + 1]) for i in range(0, len(numbers), 2)]
     pads = ((0, 0),) * (len(call.shape(source)) - len(pairs)) + tuple(reversed(pairs))
-    return [call.emit("pad", [source], pads=pads)]
+    return [call.emit("pad", [source], pads=pads, mode=_PAD_MODES[call.info.name])]
 
 
 def _roll(call: Call) -> Sequence[int] | None:
@@ -216,11 +230,11 @@ def _pixel_unshuffle(call: Call) -> Sequence[int]:
 
 MOVES: Mapping[str, Handler] = {
     **dict.fromkeys(_RESHAPES.split(), _reshape),
+    **dict.fromkeys(_SQUEEZES.split(), _squeeze),
     **dict.fromkeys(("t", "transpose", "permute"), _transpose),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk"), _split),
-    **dict.fromkeys((f"{mode}_pad{rank}d" for mode in ("reflection", "replication") for rank in (1, 2, 3)), _pad),
+    **dict.fromkeys(_PAD_MODES, _pad),
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _channel_shuffle),
-    "constant_pad_nd": _pad,
     "expand": _expand,
     "copy": _copy,
     "slice": _slice,

@@ -11,7 +11,7 @@ from torch import nn
 
 from slimbridge.errors import BackendError, ModelError, nearest
 from slimbridge.ports import Array, OptimizerSettings
-from slimbridge_torch.names import canonical
+from slimbridge_torch.names import canonical, to_array, to_tensor
 
 Tensor = Any
 
@@ -75,7 +75,7 @@ class TorchOptimizer:
         """Restore what `state` gave; nothing is changed when anything is wrong.
 
         Raises:
-            ModelError: slots that are unknown, missing or of another shape.
+            ModelError: slots that are unknown, missing, of another shape or no numbers.
         """
         expected = {f"{name}/{slot}": (p, slot) for name, p in self._parameters.items() for slot in self._slots}
         for key, array in state.items():
@@ -88,9 +88,10 @@ class TorchOptimizer:
         missing = [key for key in expected if key not in state]
         if missing:
             raise ModelError(f"optimizer: {len(missing)} slots were not given, '{missing[0]}' first")
+        tensors = {key: _to_tensor(state[key], key, parameter) for key, (parameter, _) in expected.items()}
         self._native.state.clear()
         for key, (parameter, slot) in expected.items():
-            self._native.state[parameter][_SLOTS[slot]] = _to_tensor(state[key], slot, parameter)
+            self._native.state[parameter][_SLOTS[slot]] = tensors[key]
 
     def check_covers(self, tensors: Mapping[str, Tensor]) -> None:
         """Is this the optimizer of the model that holds these tensors, with state of their shapes?
@@ -139,15 +140,15 @@ def _slots(settings: OptimizerSettings) -> tuple[str, ...]:
 def _to_array(value: Tensor | None, slot: str, parameter: Tensor) -> Array:
     if slot == "step":
         return np.array(0 if value is None else int(value), dtype=np.int64)
-    native = torch.zeros_like(parameter) if value is None else value
-    return np.array(native.detach().cpu().numpy())
+    return to_array(torch.zeros_like(parameter) if value is None else value)
 
 
-def _to_tensor(array: Array, slot: str, parameter: Tensor) -> Tensor:
-    if slot == "step":
+def _to_tensor(array: Array, key: str, parameter: Tensor) -> Tensor:
+    value = to_tensor(array, f"optimizer: '{key}'")
+    if key.endswith("/step"):
         # torch keeps its counter as a floating scalar on the host.
-        return torch.tensor(float(array), dtype=torch.get_default_dtype())
-    return torch.tensor(np.ascontiguousarray(array), dtype=parameter.dtype, device=parameter.device)
+        return value.to(torch.get_default_dtype())
+    return value.to(dtype=parameter.dtype, device=parameter.device)
 
 
 def total(terms: Mapping[str, Tensor]) -> Tensor:
@@ -156,6 +157,8 @@ def total(terms: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ModelError: no terms, one that is not a scalar, or nothing trainable behind them.
     """
+    if not isinstance(terms, Mapping):
+        raise ModelError(f"loss: it must return a mapping of names to scalar tensors, found {type(terms).__name__}")
     if not terms:
         raise ModelError("loss: it returned no terms")
     for name, term in terms.items():

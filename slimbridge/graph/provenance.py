@@ -221,6 +221,7 @@ def _split(walk: Walk, node: Node) -> None:
         else:
             for block in blocks[1:]:
                 walk.ledger.unite(blocks[0], block)
+            blocks = [blocks[0]] * len(blocks)
     for tensor, block in zip(node.outputs, blocks, strict=True):
         walk.ids[tensor] = block
 
@@ -250,6 +251,7 @@ def _reshape(walk: Walk, node: Node) -> None:
         elif len(old) == 1:
             for axis in new[:-1]:
                 walk.ledger.unite(first_along(moved, axis), moved)
+                moved = spread(first_along(moved, axis), shape)  # one id for what is now one
     walk.give(node, moved)
 
 

@@ -126,7 +126,8 @@ def _epoch(training: Training, epoch: int) -> Iterator[Batch]:
         if before is not None:
             yield before
         last, before = before, batch
-    if before is not None and not (len(before[1]) == 1 and last is not None and len(last[1]) > 1):
+    lone = before is not None and len(before[1]) == 1 and last is not None and len(last[1]) > 1
+    if before is not None and not (lone and training.settings.batch_size > 1):
         yield before
 
 

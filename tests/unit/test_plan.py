@@ -131,7 +131,7 @@ stages:
         ({**PRUNE, "ignored_layers": "conv"}, "stages[0].ignored_layers", "found 'conv'"),
         ({**PRUNE, "kind": "prun"}, "stages[0]", "(did you mean 'prune'?)"),
         ({"pruning_ratio": 0.5}, "stages[0]", "has no 'kind'; allowed: prune, distill, quantize, finetune"),
-        ({**QUANTIZE, "weight_bits": 7}, "stages[0].weight_bits", "found '7'; allowed: 8"),
+        ({**QUANTIZE, "weight_bits": 7}, "stages[0].weight_bits", "found 7; allowed: 8"),
         ({**QUANTIZE, "observer": "abs_max"}, "stages[0].observer", "(did you mean 'absmax'?)"),
         ({"kind": "finetune", "train": {"epochs": 1.5}}, "stages[0].train.epochs", "found 1.5"),
         ({"kind": "finetune", "train": {"epochs": True}}, "stages[0].train.epochs", "found True"),
@@ -143,7 +143,7 @@ stages:
         (
             {"kind": "distill", "losses": [], "train": {"epochs": 1}},
             "stages[0].losses",
-            "at least 1",
+            "must not be empty",
         ),
         (
             {"kind": "distill", "losses": [{"loss": "l2_feature"}], "train": {"epochs": 1}},

@@ -275,7 +275,7 @@ def test_digits_are_enlarged_as_pytorch_interpolates() -> None:
         ("digit", {}, r"data set 'digit' is unknown \(did you mean 'digits'\?\); known: digits"),
         ("digits", {"channel": 1}, r"option 'channel' is unknown \(did you mean 'channels'\?\)"),
         ("digits", {"channels": 2}, "channels must be 1 or 3, found 2"),
-        ("digits", {"image_size": 7}, "image_size must be an integer of at least 8, found 7"),
+        ("digits", {"image_size": 7}, "image_size must be an integer 8..256, found 7"),
         ("digits", {"image_size": 16.0}, "image_size must be an integer"),
     ],
 )

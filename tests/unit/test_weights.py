@@ -22,7 +22,16 @@ from slimbridge.runfolder import RunFolder, StageResult, stage_names
 from slimbridge.weights import digest_of, load_stored, load_weights, save_weights
 
 ARRAYS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.ones(2, np.float32)}
-FACTS = {"backend": "torch", "input_digest": "abc", "data": "digits"}
+FACTS = {
+    "backend": "torch",
+    "slimbridge": "0",
+    "versions": {},
+    "machine": "one",
+    "model": {},
+    "data": "digits",
+    "loss": None,
+    "metric": None,
+}
 
 
 # Files
@@ -176,7 +185,7 @@ def result(chosen: Any = None) -> StageResult:
         latency=latency,
         seconds=0.1,
         input_digest="abc",
-        decision_digest=None,
+        decision_digest=(chosen or decision()).digest(),
         epochs=(),
         notes=(),
     )
@@ -184,7 +193,7 @@ def result(chosen: Any = None) -> StageResult:
 
 
 def test_a_stage_is_there_at_once_and_whole(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run", plan_of(), FACTS)
+    folder = RunFolder.create(tmp_path / "run", plan_of(), FACTS, ARRAYS)
     assert stage_names(plan_of()) == ("00-baseline", "01-prune", "02-quantize")
     folder.checkpoint("01-prune").write_bytes(b"")
     assert not folder.done("01-prune")
@@ -201,7 +210,7 @@ def test_a_stage_is_there_at_once_and_whole(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_cannot_be_written_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = RunFolder.create(tmp_path / "run", plan_of(), FACTS)
+    folder = RunFolder.create(tmp_path / "run", plan_of(), FACTS, ARRAYS)
     folder.checkpoint("01-prune").write_bytes(b"kept")
     before = sorted(path.name for path in folder.path.iterdir())
 
@@ -219,7 +228,7 @@ def test_a_stage_that_cannot_be_written_is_not_there(tmp_path: Path, monkeypatch
 
 
 def test_what_a_killed_commit_left_does_not_count(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run", plan_of(), FACTS)
+    folder = RunFolder.create(tmp_path / "run", plan_of(), FACTS, ARRAYS)
     (folder.path / ".01-prune.part").mkdir()
     (folder.path / ".01-prune.part" / "weights.safetensors").write_bytes(b"half")
     assert not folder.done("01-prune")
@@ -228,7 +237,7 @@ def test_what_a_killed_commit_left_does_not_count(tmp_path: Path) -> None:
 
 
 def test_a_distillation_does_not_change_the_form(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run", plan_of(), FACTS)
+    folder = RunFolder.create(tmp_path / "run", plan_of(), FACTS, ARRAYS)
     folder.commit("01-prune", result(DistillDecision(teacher="baseline", teacher_digest="", terms=())))
     assert folder.changes("01-prune") == []
 
@@ -236,28 +245,52 @@ def test_a_distillation_does_not_change_the_form(tmp_path: Path) -> None:
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(RunError, match=r"exists and is not empty; resume it, or name another folder"):
-        RunFolder.create(tmp_path, plan_of(), FACTS)
+        RunFolder.create(tmp_path, plan_of(), FACTS, ARRAYS)
     with pytest.raises(RunError, match=r"exists and is not empty|cannot be made"):
-        RunFolder.create(tmp_path / "note.txt", plan_of(), FACTS)
+        RunFolder.create(tmp_path / "note.txt", plan_of(), FACTS, ARRAYS)
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
 def test_another_plan_or_start_is_not_resumed(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    RunFolder.create(path, plan_of(), FACTS)
+    RunFolder.create(path, plan_of(), FACTS, ARRAYS)
     assert RunFolder.resume(path, plan_of(), FACTS).plan() == plan_of()
     with pytest.raises(RunError, match=r"its plan differs in seed"):
         RunFolder.resume(path, plan_of(seed=1), FACTS)
-    for key in FACTS:
-        with pytest.raises(RunError, match=rf"cannot be resumed: {key} was '{FACTS[key]}', is now 'other'"):
+    with pytest.raises(RunError, match=r"cannot be resumed on other: it was begun on torch"):
+        RunFolder.resume(path, plan_of(), {**FACTS, "backend": "other"})
+    for key in ("model", "data", "loss", "metric"):
+        with pytest.raises(RunError, match=rf"cannot be resumed: the {key} is not the one that it began with"):
             RunFolder.resume(path, plan_of(), {**FACTS, key: "other"})
+
+
+def test_what_a_run_killed_in_its_first_moments_left_is_begun_again(tmp_path: Path) -> None:
+    whole = RunFolder.create(tmp_path / "run", plan_of(), FACTS, ARRAYS)
+    (whole.path / "run.json").unlink()
+    (whole.path / ".plan.yaml.abc").write_text("half")
+    assert RunFolder.create(whole.path, plan_of(), FACTS, ARRAYS).facts() == FACTS
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    """Other weights or another decision than the stage ended with, or a stage that is gone."""
+    folder = RunFolder.create(tmp_path / "run", plan_of(), FACTS, ARRAYS)
+    folder.commit("01-prune", result())
+    with pytest.raises(RunError, match=r"stage 00-baseline is gone though 01-prune is there"):
+        folder.complete_stages()
+    place = folder.path / "01-prune"
+    save_weights(place / "weights.safetensors", {name: array + 1 for name, array in ARRAYS.items()})
+    with pytest.raises(RunError, match=r"damaged or changed"):
+        folder.weights("01-prune")
+    (place / "decision.json").unlink()
+    with pytest.raises(RunError, match=r"decision\.json: cannot be read"):
+        folder.decision("01-prune")
 
 
 def test_what_is_no_run_folder_is_named(tmp_path: Path) -> None:
     for ask in (lambda: RunFolder(tmp_path).plan(), lambda: RunFolder(tmp_path).facts()):
         with pytest.raises(RunError, match=r"not a run folder \(it has no plan\.yaml and run\.json\)"):
             ask()
-    folder = RunFolder.create(tmp_path / "run", plan_of(), FACTS)
+    folder = RunFolder.create(tmp_path / "run", plan_of(), FACTS, ARRAYS)
     (folder.path / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json: cannot be read"):
         folder.facts()

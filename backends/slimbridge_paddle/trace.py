@@ -121,8 +121,8 @@ class Builder:
         for output in node.outputs:
             if any(size < 0 for size in self.shapes[output]):
                 raise ModelError(
-                    f"trace: '{op}' in layer '{node.name}' gives the shape {self.shapes[output]}; -1 stands for a size that\n"
-                    f"depends on the data, or for an example input that is too small for the layer"
+                    f"trace: '{op}' in layer '{node.name}' gives the shape {self.shapes[output]};\n"
+                    "-1 is a size that depends on the data, or an example input that is too small for the layer"
                 )
 
     def _unknown(self, call: trace_ops.Call) -> list[Ref]:

@@ -48,6 +48,21 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f}"
 
 
+def metric_scale(run: RunReport) -> float:
+    """Factor by which the run's metric is shown: 100 for a share, which is shown as per cent, else 1."""
+    return 100.0 if run.metric_is_share else 1.0
+
+
+def metric_unit(run: RunReport) -> str:
+    """ " %" for a share, else nothing."""
+    return " %" if run.metric_is_share else ""
+
+
+def metric_text(run: RunReport, value: float) -> str:
+    """The metric's value, without its unit."""
+    return percent(value) if run.metric_is_share else f"{value:.5g}"
+
+
 def milliseconds(value: float) -> str:
     """Milliseconds to three digits, without the unit."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.3g}"
@@ -126,10 +141,10 @@ class StageRow:
 def stage_rows(run: RunReport) -> tuple[StageRow, ...]:
     """The stages of a run as texts, in order."""
     base = baseline(run)
-    return tuple(_stage_row(stage, base) for stage in run.stages)
+    return tuple(_stage_row(run, stage, base) for stage in run.stages)
 
 
-def _stage_row(stage: StageRecord, base: StageRecord | None) -> StageRow:
+def _stage_row(run: RunReport, stage: StageRecord, base: StageRecord | None) -> StageRow:
     other = None if stage is base else base
 
     def share(value: float, of: float | None) -> str:
@@ -137,8 +152,8 @@ def _stage_row(stage: StageRecord, base: StageRecord | None) -> StageRow:
 
     return StageRow(
         name=plain(stage.name),
-        metric=percent(stage.metric),
-        before="" if stage.metric_before_training is None else percent(stage.metric_before_training),
+        metric=metric_text(run, stage.metric),
+        before="" if stage.metric_before_training is None else metric_text(run, stage.metric_before_training),
         parameters=count(stage.parameters),
         parameters_ratio=share(stage.parameters, other.parameters if other else None),
         macs=count(stage.macs),

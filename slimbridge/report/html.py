@@ -21,10 +21,12 @@ from slimbridge.report.figures import (
     figure,
     labels,
     latency_lines,
+    metric_scale,
+    metric_text,
+    metric_unit,
     milliseconds,
     note_lines,
     parity_sentence,
-    percent,
     plain,
     ratio,
     simulated,
@@ -82,6 +84,7 @@ def render_html(comparison: Comparison) -> str:
         .render(
             plan=plain(runs[0].plan),
             metric=plain(runs[0].metric_name),
+            metric_unit=metric_unit(runs[0]),
             tone=_tone(comparison),
             headline=_headline(comparison),
             cards=_cards(runs),
@@ -135,11 +138,12 @@ def _key_figures(run: RunReport) -> tuple[KeyFigure, ...]:
     base, last = baseline(run), run.stages[-1] if run.stages else None
     if base is None or last is None or last is base:
         return ()
-    points = 100 * (last.metric - base.metric)
+    points = metric_scale(run) * (last.metric - base.metric)
     sign = "+" if points > 0 else "\u2212" if points < 0 else ""
-    change = f"{sign}{abs(points):.2f} points"
+    change = f"{sign}{abs(points):.2f} points" if run.metric_is_share else f"{sign}{abs(points):.4g}"
+    values = arrow(metric_text(run, base.metric), metric_text(run, last.metric) + metric_unit(run))
     return (
-        KeyFigure(plain(run.metric_name), change, arrow(percent(base.metric), f"{percent(last.metric)} %")),
+        KeyFigure(plain(run.metric_name), change, values),
         KeyFigure(
             "file size",
             _factor(base.size_bytes, last.size_bytes, "smaller", "larger"),

@@ -8,7 +8,19 @@ from html import escape
 from math import isfinite
 from typing import Any
 
-from slimbridge.report.figures import arrow, baseline, labels, latency_ratio, percent, plain, ratio, simulated, times
+from slimbridge.report.figures import (
+    arrow,
+    baseline,
+    labels,
+    latency_ratio,
+    metric_scale,
+    metric_text,
+    metric_unit,
+    plain,
+    ratio,
+    simulated,
+    times,
+)
 from slimbridge.report.records import EpochRecord, RunReport, StageRecord
 
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
@@ -57,11 +69,13 @@ def plots_of(runs: Sequence[RunReport]) -> list[Plot]:
 def _metric_plot(runs: Sequence[RunReport], stages: Sequence[str]) -> Plot:
     traces = []
     for series, (label, run) in enumerate(zip(labels(runs), runs, strict=True)):
-        values = [_finite(100 * stage.metric) for stage in run.stages]
-        hovers = [f"{label}, {plain(stage.name)}: {percent(stage.metric)} %" for stage in run.stages]
+        values = [_finite(metric_scale(run) * stage.metric) for stage in run.stages]
+        hovers = [
+            f"{label}, {plain(stage.name)}: {metric_text(run, stage.metric)}{metric_unit(run)}" for stage in run.stages
+        ]
         positions = [stages.index(stage.name) for stage in run.stages]
         traces.append(_line(series, positions, values, hovers))
-    title = f"{_sentence(runs[0].metric_name)} after each stage, %"
+    title = f"{_sentence(runs[0].metric_name)} after each stage{metric_unit(runs[0]).replace(' ', ', ')}"
     vertical: dict[str, Any] = {"range": _span([y for trace in traces for y in trace["y"]])}
     layout = {"height": 320, "xaxis": {**_ticks(stages), "range": [-0.4, len(stages) - 0.6]}, "yaxis": vertical}
     return Plot(title, "The axis does not start at 0.", tuple(traces), layout, wide=True)
@@ -86,7 +100,7 @@ def _recovery_plot(runs: Sequence[RunReport], stages: Sequence[str]) -> list[Plo
         for stage in (stage for stage in run.stages if _recovered(stage)):
             before, after = stage.metric_before_training or 0.0, stage.metric
             symbol = _SYMBOLS[series % len(_SYMBOLS)]
-            hover = f"{label}, {plain(stage.name)}: {arrow(percent(before), percent(after))} %"
+            hover = f"{label}, {plain(stage.name)}: {arrow(metric_text(run, before), metric_text(run, after))}{metric_unit(run)}"
             row = shown.index(stage.name) + offset
             traces.append(
                 {
@@ -102,7 +116,7 @@ def _recovery_plot(runs: Sequence[RunReport], stages: Sequence[str]) -> list[Plo
         "yaxis": {**_ticks(shown), "range": [len(shown) - 0.5, -0.5]},
     }
     caption = "Hollow: right after the stage's change. Filled: after its training."
-    title = f"{_sentence(runs[0].metric_name)} before and after training, %"
+    title = f"{_sentence(runs[0].metric_name)} before and after training{metric_unit(runs[0]).replace(' ', ', ')}"
     return [Plot(title, caption, tuple(traces), layout, wide=True)]
 
 

@@ -20,6 +20,7 @@ from slimbridge.report.figures import (
     figure,
     labels,
     latency_lines,
+    metric_unit,
     note_lines,
     parity_sentence,
     plain,
@@ -89,7 +90,15 @@ def _runs_table(runs: Sequence[RunReport], wide: bool) -> Table:
     longest = max((len(stage.name) for run in runs for stage in run.stages), default=0)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("stage", overflow="fold", no_wrap=longest <= LONG_NAME)
-    headers = (f"{metric} %{before}", "params", "MACs", "size", f"latency{gap}ms", f"of own{gap}baseline", "time")
+    headers = (
+        f"{metric}{metric_unit(runs[0])}{before}",
+        "params",
+        "MACs",
+        "size",
+        f"latency{gap}ms",
+        f"of own{gap}baseline",
+        "time",
+    )
     for header in headers:
         table.add_column(header, justify="right", overflow="fold")
     for label, run in zip(labels(runs), runs, strict=True):

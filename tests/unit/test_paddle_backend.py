@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -331,7 +333,99 @@ def test_train_step_returns_terms_and_refuses_what_is_not_finite(backend: Any) -
             model, optimizer, [images()], lambda done: {"a": done.output.mean(), "b": done.output.abs().mean() / 0.0}
         )
     after = backend.read(model)
-    assert all(np.array_equal(before[name], after[name]) for name in before if "running" not in name)
+    assert all(np.array_equal(before[name], after[name]) for name in before)  # running statistics too
+    backend.train_step(model, optimizer, [images()], square)
+    assert all(not np.array_equal(before[f"bn.{name}"], backend.read(model)[f"bn.{name}"])
+               for name in ("running_mean", "running_var"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (lambda y: {"good": y.mean(), "bad": 0.5}, "term 'bad' must be a scalar tensor, found float"),
+        (lambda y: {"bad": None}, "term 'bad' must be a scalar tensor, found NoneType"),
+        (lambda y: {"bad": {"inner": y.mean()}}, "term 'bad' must be a scalar tensor, found dict"),
+        (lambda y: {"bad": np.float32(1)}, "term 'bad' must be a scalar tensor, found float32"),
+        (lambda y: {"bad": y}, r"term 'bad' must be a scalar tensor, found \(4, 5\)"),
+        (lambda y: {}, "no terms"),
+        (lambda y: None, "a dict of terms is needed, found NoneType"),
+        (lambda y: y.mean(), "a dict of terms is needed, found Tensor"),
+    ],
+)
+def test_a_loss_of_another_type_is_named(backend: Any, terms: Any, message: str) -> None:
+    model = small(backend)
+    optimizer = backend.make_optimizer(model, OptimizerSettings())
+    optimizer.set_lr(0.01)
+    before = backend.read(model)
+    with pytest.raises(ModelError, match=message):
+        backend.train_step(model, optimizer, [images()], lambda done: terms(done.output))
+    with pytest.raises(ModelError, match=message):
+        backend.gradients(model, [images()], lambda done: terms(done.output))
+    assert all(np.array_equal(before[name], array) for name, array in backend.read(model).items())
+
+
+class Scaled(nn.Layer):
+    """A linear layer with a parameter and a buffer without axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.gain = self.create_parameter([], default_initializer=nn.initializer.Constant(2.5))
+        self.register_buffer("shift", paddle.to_tensor(0.5))
+
+    def forward(self, x: Any) -> Any:
+        return self.fc(x) * self.gain + self.shift
+
+
+@pytest.mark.parametrize("settings", [OptimizerSettings(), OptimizerSettings(kind="adam")])
+def test_tensors_without_axes_round_trip(backend: Any, settings: OptimizerSettings) -> None:
+    model = backend.place(Scaled(), dtype="float64")
+    arrays = backend.read(model)
+    assert arrays["gain"].shape == arrays["shift"].shape == () and arrays["gain"] == 2.5
+    model = backend.write(model, {**arrays, "gain": np.array(1.25), "shift": np.array(-3.0)})
+    found = backend.read(model)
+    assert found["gain"].shape == found["shift"].shape == () and (found["gain"], found["shift"]) == (1.25, -3.0)
+    assert dict(backend.trace(model, [np.ones((2, 3))]).parameters)["gain"] == ()
+    optimizer = backend.make_optimizer(model, settings)
+    optimizer.set_lr(0.1)
+    backend.train_step(model, optimizer, [np.ones((2, 3))], square)
+    other = backend.clone(model)
+    restored = backend.make_optimizer(other, settings)
+    restored.load_state(optimizer.state())
+    restored.set_lr(0.1)
+    for one, its in ((model, optimizer), (other, restored)):
+        backend.train_step(one, its, [np.ones((2, 3))], square)
+    assert backend.read(model)["gain"].shape == ()
+    assert all(np.array_equal(array, backend.read(other)[name]) for name, array in backend.read(model).items())
+    bad = {"fc.bias": np.zeros(2), "gain": np.zeros(1)}
+    with pytest.raises(ModelError, match=r"'gain' has shape \(\), the array has \(1,\)"):
+        backend.write(model, bad, partial=True)
+    assert backend.read(model)["fc.bias"].any()
+
+
+def test_a_model_that_cannot_be_copied_is_named(backend: Any) -> None:
+    model = Small()
+    model.source = (number for number in range(3))
+    with pytest.raises(ModelError, match="clone: this Small cannot be copied: cannot pickle 'generator' object"):
+        backend.clone(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it runs in one process here
+        parallel = paddle.DataParallel(Small())
+    with pytest.raises(ModelError, match=r"give the model inside, `model._layers`$"):
+        backend.clone(parallel)
+    assert list(backend.read(backend.clone(parallel._layers))) == list(backend.read(Small()))
+
+
+def test_captured_features_are_tensors(backend: Any) -> None:
+    class Odd(nn.Layer):
+        def forward(self, x: Any) -> Any:
+            return {"width": 3}
+
+    model = Small()
+    model.odd = Odd()
+    model.register_forward_post_hook(lambda layer, args, output: layer.odd(output) and output)
+    with pytest.raises(ModelError, match="capture: layer 'odd' gives no tensor but a dict"):
+        backend.forward(model, [images()], capture=("odd",))
 
 
 def prune(backend: Any, model: Any, kept: dict[str, dict[int, tuple[int, ...]]]) -> PruneDecision:
@@ -416,7 +510,7 @@ def test_an_optimizer_that_was_left_out_is_noticed(backend: Any) -> None:
     optimizer.set_lr(0.01)
     backend.train_step(model, optimizer, [images()], square)
     backend.remove_channels(model, prune(backend, model, small_kept()))
-    with pytest.raises(ModelError, match="give the optimizer to whatever resizes the model"):
+    with pytest.raises(ModelError, match=r"give the optimizer to whatever resizes the model"):
         backend.train_step(model, optimizer, [images()], square)
 
 
@@ -525,6 +619,27 @@ def test_seed(backend: Any) -> None:
         backend.seed(7)
         drawn.append(backend.read(Small()))
     assert all(np.array_equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+
+
+class Noisy(paddle.io.Dataset):
+    """Items that depend on the generators of NumPy and Python."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        return np.float64(index + np.random.rand()), np.float64(random.random())
+
+
+def test_a_loader_is_repeatable_from_three_seeds(backend: Any) -> None:
+    def epoch() -> Any:
+        backend.seed(7)
+        np.random.seed(7)
+        random.seed(7)
+        loader = paddle.io.DataLoader(Noisy(), batch_size=4, shuffle=True)
+        return np.array([[part.numpy() for part in batch] for batch in loader])
+
+    assert np.array_equal(epoch(), epoch())
 
 
 def test_ops_against_numpy(backend: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -247,6 +248,73 @@ def test_nested_outputs_and_several_inputs(backend: Any) -> None:
     graph = backend.trace(model, [IMAGE, IMAGE])
     assert len(graph.inputs) == 2 and len(graph.outputs) == 3
     assert graph.outputs[2] == graph.inputs[1]
+
+
+@dataclass
+class Answer:
+    """An output whose tensors nothing can find."""
+
+    logits: Any
+
+
+def test_an_output_of_another_type_is_named(backend: Any) -> None:
+    model = net(lambda m, x: {"main": x * 2, "more": Answer(m.conv(x))}, conv=nn.Conv2D(4, 2, 1))
+    for call in (backend.trace, backend.forward):
+        with pytest.raises(ModelError, match="the model returns a Answer; allowed: tensors in lists, tuples and dicts"):
+            call(model, [IMAGE])
+    with pytest.raises(ModelError, match="the model returns no tensor"):
+        backend.trace(net(lambda m, x: {"width": x.shape[1], "name": "n", "nothing": None}), [IMAGE])
+
+
+def test_channels_last_normalisation_has_known_shapes(backend: Any) -> None:
+    model = net(lambda m, x: m.bn(m.conv(x)), conv=nn.Conv2D(6, 3, 1, data_format="NHWC"),
+                bn=nn.BatchNorm2D(3, data_format="NHWC"))  # fmt: skip
+    graph = backend.trace(model, [IMAGE])
+    assert graph.unknown_ops() == ("conv2d in 'conv'", "batch_norm in 'bn'")
+    assert all(size >= 0 for shape in graph.shapes.values() for size in shape)
+    assert graph.shapes[graph.outputs[0]] == (2, 4, 6, 3)
+
+
+def test_shapes_that_are_not_known_are_refused(backend: Any) -> None:
+    model = net(lambda m, x: m.second(m.first(x)), first=nn.Conv2D(4, 4, 3), second=nn.Conv2D(4, 4, 6))
+    with pytest.raises(ModelError, match=r"'conv2d' in layer 'second' gives the shape \(2, 4, -1, -1\)"):
+        backend.trace(model, [IMAGE])
+    with pytest.raises(ModelError, match=r"'nonzero' in layer '' gives the shape \(-1, 4\)"):
+        backend.trace(net(lambda m, x: paddle.nonzero(m.conv(x)), conv=nn.Conv2D(4, 2, 1)), [IMAGE])
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "replicate", "circular"])
+def test_padding_says_its_mode(backend: Any, mode: str) -> None:
+    graph = backend.trace(net(lambda m, x: F.pad(x, [1, 2, 0, 3], mode=mode)), [IMAGE])
+    pad = of(graph, "pad")
+    assert pad.attrs["mode"] == mode
+    assert graph.shapes[graph.outputs[0]] == (2, 4, 9, 9)
+    assert pad.attrs["pads"][-2:] == ((0, 3), (1, 2))
+
+
+def test_padding_of_all_axes_is_constant(backend: Any) -> None:
+    pad = of(backend.trace(net(lambda m, x: F.pad(x, [0, 0, 1, 2, 0, 0, 0, 0])), [IMAGE]), "pad")
+    assert dict(pad.attrs) == {"pads": ((0, 0), (1, 2), (0, 0), (0, 0)), "mode": "constant"}
+
+
+def test_repetition_is_a_concat_or_a_broadcast(backend: Any) -> None:
+    graph = backend.trace(net(lambda m, x: paddle.tile(x[:, :, :1], [1, 3, 6, 1])), [IMAGE])
+    assert kinds(graph) == ["input", "slice", "concat", "expand"]
+    concat = of(graph, "concat")
+    assert concat.attrs["axis"] == 1 and concat.inputs == (graph.nodes[1].outputs[0],) * 3
+    assert graph.shapes[graph.outputs[0]] == (2, 12, 6, 6)
+
+
+def test_where_meets_all_three(backend: Any) -> None:
+    graph = backend.trace(net(lambda m, x: paddle.where(x > 0, x * 2, x)), [IMAGE])
+    assert kinds(graph) == ["input", "elementwise", "elementwise", "binary", "binary"]
+    first, second = graph.nodes[3:]
+    assert first.inputs == (graph.nodes[1].outputs[0], graph.nodes[2].outputs[0])
+    assert second.inputs == (first.outputs[0], graph.inputs[0])
+
+
+def test_log_softmax_is_a_softmax(backend: Any) -> None:
+    assert of(backend.trace(net(lambda m, x: F.log_softmax(x, -3)), [IMAGE]), "softmax").attrs["axis"] == 1
 
 
 @pytest.mark.parametrize(

@@ -651,3 +651,189 @@ def test_the_layer_names_build_a_model() -> None:
     assert torch.equal(names.transpose(names.reshape(x, (3, 8)), (1, 0)), x.reshape(3, 8).T)
     assert torch.equal(names.mean(x, [1, 2], True), x.mean((1, 2), keepdim=True))
     assert torch.equal(names.relu(x), x.clamp(min=0))
+
+
+# Models that are not as usual
+
+
+class Scaled(nn.Module):
+    """A linear layer with a 0-d parameter and a 0-d buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 6)
+        self.head = nn.Linear(6, 2)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("shift", torch.tensor(0.5))
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.fc(x) * self.scale + self.shift)
+
+
+def test_scalars_round_trip() -> None:
+    model, other = Scaled(), Scaled()
+    with torch.no_grad():
+        model.scale.fill_(3.0)
+        model.shift.fill_(-1.0)
+    arrays = BACKEND.read(model)
+    assert (arrays["scale"].shape, arrays["shift"].shape) == ((), ())
+    BACKEND.write(other, arrays)
+    assert (other.scale.item(), other.shift.item()) == (3.0, -1.0)
+    assert (other.scale.shape, other.shift.shape) == ((), ())
+    assert BACKEND.tensor(model, np.array(1.5)).shape == ()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_scalars_keep_their_optimizer_state_and_survive_removal(kind: Any) -> None:
+    settings, x = OptimizerSettings(kind=kind), np.ones((3, 4), np.float32)
+    model = Scaled()
+    optimizer = BACKEND.make_optimizer(model, settings)
+    optimizer.set_lr(0.1)
+    BACKEND.train_step(model, optimizer, [x], squared)
+    state = optimizer.state()
+    slot = "scale/velocity" if kind == "sgd" else "scale/moment1"
+    assert state[slot].shape == ()
+    assert state[slot] != 0
+    copied = BACKEND.clone(model)
+    again = BACKEND.make_optimizer(copied, settings)
+    again.load_state(state)
+    again.set_lr(0.1)
+    for each, its in ((model, optimizer), (copied, again)):
+        BACKEND.train_step(each, its, [x], squared)
+    assert copied.scale.item() == model.scale.item()
+    kept = {"fc.weight": {0: (1, 4)}, "fc.bias": {0: (1, 4)}, "head.weight": {1: (1, 4)}}
+    sizes = {"fc.weight": (6, 4), "fc.bias": (6,), "head.weight": (2, 6)}
+    decision = PruneDecision(importance="l1", pruning_ratio=0.5, groups=(), kept=kept, sizes=sizes)
+    BACKEND.remove_channels(model, decision, optimizer)
+    BACKEND.train_step(model, optimizer, [x], squared)
+    assert optimizer.state()[slot].shape == ()
+
+
+def expanded() -> Any:
+    model = Scaled()
+    model.register_buffer("wide", torch.zeros(1).expand(3))
+    return model, {"wide": np.ones(3, np.float32)}, "'wide' is an expanded tensor"
+
+
+def in_inference_mode() -> Any:
+    model = Scaled()
+    with torch.inference_mode():
+        model.register_buffer("fixed", torch.zeros(3))
+    return model, {"fixed": np.ones(3, np.float32)}, "'fixed' was made in inference mode"
+
+
+def without_type(array: np.ndarray[Any, Any], message: str) -> Any:
+    return lambda: (Scaled(), {"shift": array}, message)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        expanded,
+        in_inference_mode,
+        without_type(np.array("a"), "'shift': dtype <U1 is not allowed"),
+        without_type(np.array(None), "'shift': dtype object is not allowed"),
+        without_type(np.array(1j), "'shift' is real, the array is complex"),
+    ],
+)
+def test_write_checks_every_array_before_it_changes_one(case: Any) -> None:
+    model, change, message = case()
+    before = BACKEND.read(model)
+    arrays = {**{name: array + 1 for name, array in before.items()}, **change}
+    with pytest.raises(ModelError, match=message):
+        BACKEND.write(model, arrays)
+    after = BACKEND.read(model)
+    assert all(np.array_equal(after[name], array) for name, array in before.items())
+
+
+def test_write_takes_any_memory_layout() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    values = np.arange(6, dtype=">f4").reshape(3, 2).T[::-1]
+    BACKEND.write(model, {"weight": values})
+    np.testing.assert_array_equal(model.weight.detach().numpy(), values)
+
+
+def test_bfloat16_is_read_as_float32_and_written_back() -> None:
+    model = nn.Linear(4, 3).bfloat16()
+    arrays = BACKEND.read(model)
+    assert {array.dtype for array in arrays.values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(arrays["weight"], model.weight.detach().float().numpy())
+    other = nn.Linear(4, 3).bfloat16()
+    BACKEND.write(other, arrays)
+    assert torch.equal(other.weight, model.weight)
+    x = np.ones((2, 4), np.float32)
+    output = BACKEND.ops.numpy(BACKEND.forward(model, [x]).output)
+    assert output.dtype == np.float32
+    optimizer = BACKEND.make_optimizer(model, OptimizerSettings())
+    optimizer.set_lr(0.1)
+    BACKEND.train_step(model, optimizer, [x], squared)
+    optimizer.load_state(optimizer.state())
+
+
+def test_half_is_read_as_it_is() -> None:
+    assert BACKEND.read(nn.Linear(2, 2).half())["weight"].dtype == np.float16
+
+
+NORMS = {
+    "parametrizations.weight_norm": nn.utils.parametrizations.weight_norm,
+    "parametrizations.spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 1), nn.Linear(3, 4)])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_layer_with_a_computed_weight_is_no_ordinary_one(name: str, layer: nn.Module) -> None:
+    model = nn.Sequential(NORMS[name](copy.deepcopy(layer)))
+    found = BACKEND.layers(model)
+    assert {entry.kind for entry in found} == {"unknown"}
+    assert {param for entry in found for param in entry.params.values()} == set(BACKEND.read(model))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_that_cannot_be_copied_says_why() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.utils.weight_norm(nn.Conv2d(3, 4, 1)))
+    assert [entry.kind for entry in BACKEND.layers(model)] == ["unknown"]
+    with pytest.raises(ModelError, match=r"^clone: .*'weight' of layer '1' is a computed tensor [^\n]*weight_norm"):
+        BACKEND.clone(model)
+    held = nn.ReLU()
+    held.lines = (line for line in "ab")
+    with pytest.raises(ModelError, match=r"^clone: the model cannot be copied: [^\n]*generator"):
+        BACKEND.clone(held)
+
+
+@pytest.mark.parametrize("method", ["read", "clone", "place"])
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_model_without_data_is_refused_in_one_line(method: str, lazy: bool) -> None:
+    model = nn.Sequential(nn.LazyLinear(4) if lazy else nn.Linear(3, 4, device="meta"))
+    message = "has no shape yet; run the model once first" if lazy else "is on the meta device and has no data"
+    with pytest.raises(ModelError, match=rf"^{method}: '0.weight' {message}[^\n]*$"):
+        getattr(BACKEND, method)(model)
+    with pytest.raises(ModelError, match=f"^write: '0.weight' {message}"):
+        BACKEND.write(model, {"0.weight": np.zeros((4, 3), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda done: None, "must return a mapping of names to scalar tensors, found NoneType"),
+        (lambda done: done.output.mean(), "must return a mapping of names to scalar tensors, found Tensor"),
+        (lambda done: {}, "returned no terms"),
+        (lambda done: {"good": done.output.mean(), "bad": 1.0}, "term 'bad' must be a scalar tensor, found float"),
+        (lambda done: {"bad": None}, "term 'bad' must be a scalar tensor, found NoneType"),
+        (lambda done: {"bad": done.output.mean(1)}, r"term 'bad' must be a scalar tensor, found \(5,\)"),
+    ],
+)
+def test_a_loss_without_scalars_is_refused(loss: Any, message: str) -> None:
+    model = block()
+    before = BACKEND.read(model)
+    optimizer = BACKEND.make_optimizer(model, OptimizerSettings())
+    optimizer.set_lr(0.1)
+    with pytest.raises(ModelError, match=f"^loss: .*{message}"):
+        BACKEND.gradients(model, [images()], loss)
+    with pytest.raises(ModelError, match=f"^loss: .*{message}"):
+        BACKEND.train_step(model, optimizer, [images()], loss)
+    after = BACKEND.read(model)
+    weights = [name for name in before if "running" not in name]
+    assert all(np.array_equal(before[name], after[name]) for name in weights)

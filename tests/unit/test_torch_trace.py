@@ -355,3 +355,115 @@ def test_torchscript_is_refused() -> None:
         scripted = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(ModelError, match="TorchScript"):
         graph_of(scripted, (1, 2))
+
+
+# What a trace must leave alone
+
+
+def test_a_torchscript_layer_is_refused_and_the_model_kept() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), scripted, nn.Flatten(), nn.Linear(256, 2))
+    x = torch.ones(1, 4, 8, 8)
+    expected = model(x).detach()
+    with pytest.raises(ModelError, match="layer '1' is a TorchScript module"):
+        graph_of(model, IMAGE)
+    assert {tensor.device.type for tensor in model.parameters()} == {"cpu"}
+    assert all(module.training for module in model.modules())
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fails", [KeyboardInterrupt, ZeroDivisionError, OSError, None])
+def test_the_model_is_kept_whatever_the_forward_does_to_it(fails: type[BaseException] | None) -> None:
+    def run(m: Any, x: Any) -> Any:
+        y = m.conv(x)
+        m.cache["y"] = y
+        m.seen.append(y)
+        m.extra = nn.Linear(2, 2)
+        m.conv.weight = nn.Parameter(torch.zeros(4, 4, 1, 1))
+        m.register_buffer("late", y)
+        m.conv.register_forward_hook(lambda *_: None)
+        if fails is not None:
+            raise fails
+        return y
+
+    model = Net(run, conv=nn.Conv2d(4, 4, 1))
+    model.cache, model.seen, first = {}, [], model.conv.weight
+    if fails is None:
+        graph_of(model, IMAGE)
+    else:
+        with pytest.raises(fails if fails in (KeyboardInterrupt, OSError) else ModelError):
+            graph_of(model, IMAGE)
+    assert (model.cache, model.seen) == ({}, [])
+    assert model.conv.weight is first
+    assert list(dict(model.named_modules())) == ["", "conv"]
+    assert list(model.state_dict()) == ["conv.weight", "conv.bias"]
+    assert not model.conv._forward_hooks
+    assert model.training
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_model_without_data_is_refused(lazy: bool) -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 1) if lazy else nn.Conv2d(4, 4, 1, device="meta"))
+    with pytest.raises(ModelError, match=r"^trace: '0.weight' (has no shape yet|is on the meta device)[^\n]*$"):
+        graph_of(model, IMAGE)
+
+
+# Written widths, padding, one-dimensional models
+
+
+@pytest.mark.parametrize("shape", [(-1, 4), (2, 4)])
+@pytest.mark.parametrize("back", [True, False])
+def test_a_reshape_that_changes_nothing_is_recorded(shape: tuple[int, int], back: bool) -> None:
+    def run(m: Any, x: Any) -> Any:
+        y = m.fc(x.mean((2, 3)).view(shape))
+        return y.reshape(-1, 5) if back else y
+
+    graph = graph_of(Net(run, fc=nn.Linear(4, 5)), IMAGE)
+    assert kinds(graph) == ["input", "reduce", "reshape", "linear", *(["reshape"] if back else [])]
+
+
+def test_reshapes_around_a_linear_layer_are_the_models_own() -> None:
+    model = Net(lambda m, x: m.fc(x.view(-1, 4)).view(2, 3, 5), fc=nn.Linear(4, 5))
+    assert kinds(graph_of(model, (2, 3, 4))) == ["input", "reshape", "linear", "reshape"]
+
+
+def test_matmul_records_no_reshape_that_the_model_does_not_have() -> None:
+    graph = graph_of(Net(lambda m, x: x @ x.transpose(1, 2)), (2, 3, 4))
+    assert kinds(graph) == ["input", "transpose", "matmul"]
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "replicate"])
+@pytest.mark.parametrize("pads", [(1, 2), (1, 2, 0, 1)])
+def test_a_pad_tells_its_mode(mode: str, pads: tuple[int, ...]) -> None:
+    shape = IMAGE if len(pads) == 4 else IMAGE[:3]
+    graph = graph_of(Net(lambda m, x: functional.pad(x, pads, mode=mode)), shape)
+    expected = ((0, 0), (0, 0), *((pads[2:], pads[:2]) if len(pads) == 4 else (pads,)))
+    assert one(graph, "pad").attrs == {"pads": expected, "mode": mode}
+
+
+def test_the_padding_of_a_convolution_tells_its_mode() -> None:
+    graph = graph_of(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), IMAGE)
+    assert one(graph, "pad").attrs == {"pads": ((0, 0), (0, 0), (1, 1), (1, 1)), "mode": "reflect"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "op"),
+    [(nn.MaxPool1d(2), "max"), (nn.AdaptiveMaxPool1d(4), "max"), (nn.AvgPool1d(2), "avg")],
+)
+def test_pooling_over_one_axis_is_a_pool(layer: nn.Module, op: str) -> None:
+    graph = graph_of(nn.Sequential(nn.Conv1d(4, 6, 1), layer, nn.Conv1d(6, 2, 1)), (2, 4, 8))
+    assert kinds(graph) == ["input", "conv", "reshape", "pool", "reshape", "conv"]
+    pool = one(graph, "pool")
+    assert pool.attrs == {"op": op}
+    assert graph.shapes[pool.outputs[0]] == (2, 6, 1, 4)
+
+
+def test_a_further_output_is_recorded_when_it_meets_data() -> None:
+    def run(m: Any, x: Any) -> Any:
+        _, indices = functional.max_pool1d(x, 2, return_indices=True)
+        return x[..., :4] * indices.squeeze()
+
+    graph = graph_of(Net(run), (2, 4, 8))
+    assert graph.unknown_ops() == ("max_pool2d_with_indices (further output) in ''",)

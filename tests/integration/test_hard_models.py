@@ -1,0 +1,104 @@
+"""Models whose channels are easy to get wrong: the pruned one is right, or there is an error; never a wrong model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slimbridge.errors import ModelError
+from slimbridge.parity import relative, tolerance
+from slimbridge.plan import PruneStage
+from slimbridge.ports import Backend, tensors_in
+from slimbridge.prune import Pruner, zeroed
+from slimbridge.zoo import initial_weights
+from slimbridge.zoo.parts import Part, make
+
+SIZE = 4
+IMAGE = np.random.default_rng(0).standard_normal((1, 3, SIZE, SIZE)).astype(np.float32)
+PAIR = np.random.default_rng(1).standard_normal((3, 3, SIZE, SIZE)).astype(np.float32)
+
+
+class Free(Part):
+    """Two convolutions and a linear layer, wired by a function."""
+
+    def __init__(self, wire: Callable[..., Any], features: int) -> None:
+        super().__init__()
+        self.wire = wire
+        self.a = self.nn.Conv2d(3, 8, 3, padding=1)
+        self.b = self.nn.Conv2d(3, 8, 3, padding=1)
+        self.fc = self.nn.Linear(features, 5)
+
+    def forward(self, x: Any) -> Any:
+        return self.fc(self.wire(self.nn, self.a(x), self.b(x)))
+
+
+def gap(nn: Any, x: Any) -> Any:
+    return nn.mean(x, (2, 3))
+
+
+def stacked(nn: Any, a: Any, b: Any) -> Any:
+    columns = [nn.reshape(gap(nn, x), (x.shape[0], x.shape[1], 1)) for x in (a, b)]
+    return nn.flatten(nn.concat(columns, 2), 1)
+
+
+def beside(nn: Any, a: Any, b: Any) -> Any:
+    return nn.flatten(nn.concat([a, b], 2), 1)
+
+
+def written_shuffle(nn: Any, a: Any, b: Any) -> Any:
+    n, _, h, w = a.shape
+    x = nn.transpose(nn.reshape(a, (n, -1, 4, h, w)), (0, 2, 1, 3, 4))
+    return gap(nn, nn.reshape(x, (n, -1, h, w)))
+
+
+def written_halves(nn: Any, a: Any, b: Any) -> Any:
+    left, right = nn.split(a, [4, 4], 1)
+    return gap(nn, nn.concat([right, left], 1))
+
+
+def scaled_by_width(nn: Any, a: Any, b: Any) -> Any:
+    return gap(nn, nn.relu(a)) * (8.0 / a.shape[1])
+
+
+def other_for_narrow(nn: Any, a: Any, b: Any) -> Any:
+    return gap(nn, nn.relu(a) if a.shape[1] >= 8 else a)
+
+
+WIRES: dict[str, tuple[Callable[..., Any], int]] = {
+    "stacked": (stacked, 16),
+    "beside": (beside, 8 * 2 * SIZE * SIZE),
+    "written shuffle": (written_shuffle, 8),
+    "written halves": (written_halves, 8),
+    "scaled by width": (scaled_by_width, 8),
+    "other for narrow": (other_for_narrow, 8),
+}
+REFUSED = {"scaled by width", "other for narrow"}
+"""No channel of these can go: what they compute depends on the width itself."""
+
+
+def output(backend: Backend, model: Any, x: np.ndarray) -> np.ndarray:
+    return backend.ops.numpy(tensors_in(backend.forward(model, [x]).output)[0])
+
+
+@pytest.mark.parametrize("name", WIRES)
+def test_right_or_refused(backend: Backend, name: str) -> None:
+    wire, features = WIRES[name]
+    model = make(backend.nn, Free, wire, features)
+    shapes = {key: array.shape for key, array in backend.read(model).items()}
+    model = backend.write(model, initial_weights(shapes, 4))
+    pruner = Pruner(PruneStage(pruning_ratio=0.5))
+    if name in REFUSED:
+        with pytest.raises(ModelError, match=r"the pruned model is wrong|no channel of any layer"):
+            pruner.prune(backend, model, [IMAGE])
+        return
+    try:
+        pruned, decision = pruner.prune(backend, model, [IMAGE])
+    except ModelError:
+        if not name.startswith("written"):
+            raise
+        return
+    silent = backend.write(backend.clone(model), zeroed(backend.read(model), decision))
+    assert relative(output(backend, pruned, PAIR), output(backend, silent, PAIR)) <= tolerance("removal").value

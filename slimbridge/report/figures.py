@@ -54,7 +54,7 @@ def metric_scale(run: RunReport) -> float:
 
 
 def metric_unit(run: RunReport) -> str:
-    """ " %" for a share, else nothing."""
+    """A space and the sign of per cent for a share, else nothing."""
     return " %" if run.metric_is_share else ""
 
 

@@ -100,11 +100,13 @@ def _recovery_plot(runs: Sequence[RunReport], stages: Sequence[str]) -> list[Plo
         for stage in (stage for stage in run.stages if _recovered(stage)):
             before, after = stage.metric_before_training or 0.0, stage.metric
             symbol = _SYMBOLS[series % len(_SYMBOLS)]
-            hover = f"{label}, {plain(stage.name)}: {arrow(metric_text(run, before), metric_text(run, after))}{metric_unit(run)}"
+            change = arrow(metric_text(run, before), metric_text(run, after))
+            hover = f"{label}, {plain(stage.name)}: {change}{metric_unit(run)}"
+            scale = metric_scale(run)
             row = shown.index(stage.name) + offset
             traces.append(
                 {
-                    **_line(series, [100 * before, 100 * after], [row, row], [hover, hover]),
+                    **_line(series, [scale * before, scale * after], [row, row], [hover, hover]),
                     "marker": {"size": 10, "symbol": [f"{symbol}-open", symbol]},
                 }
             )
@@ -112,7 +114,7 @@ def _recovery_plot(runs: Sequence[RunReport], stages: Sequence[str]) -> list[Plo
         return []
     layout = {
         "height": 90 + 30 * len(shown) * len(runs),
-        "xaxis": {"range": [-4, 104], "ticksuffix": " %"},
+        "xaxis": {"range": [-4, 104], "ticksuffix": " %"} if runs[0].metric_is_share else {},
         "yaxis": {**_ticks(shown), "range": [len(shown) - 0.5, -0.5]},
     }
     caption = "Hollow: right after the stage's change. Filled: after its training."

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from slimbridge.errors import RunError
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -29,6 +35,26 @@ def write_file(path: Path, content: bytes | str) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock; it goes with the process, however that ends. Where the system has no such locks, nothing.
+
+    Raises:
+        RunError: another process holds it, or the file cannot be made.
+    """
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(f"{path.parent}: another process is working in it") from error
+        yield
 
 
 def make_folder(path: Path) -> None:

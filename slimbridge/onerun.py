@@ -14,6 +14,7 @@ from slimbridge import __version__
 from slimbridge.decisions import Decision, PruneDecision
 from slimbridge.deploy.latency import measure_latency
 from slimbridge.errors import ModelError, PlanError, RunError
+from slimbridge.files import locked
 from slimbridge.graph import cost_of
 from slimbridge.plan import BaselineSection, Plan
 from slimbridge.ports import Array, Backend, DType, Model
@@ -109,7 +110,11 @@ class Run:
         return cls(scene, folder, start)
 
     def run(self) -> tuple[Model, RunReport]:
-        """All stages; those that are complete are read back."""
+        """All stages; those that are complete are read back. RunError when another process works in the folder."""
+        with locked(self.folder.path / ".lock"):
+            return self._run()
+
+    def _run(self) -> tuple[Model, RunReport]:
         names = stage_names(self.scene.plan)
         stages = (self.scene.plan.baseline, *self.scene.plan.stages)
         done = self.folder.complete_stages()

@@ -240,6 +240,6 @@ class RunFolder:
 
 def _beginning(file: Path) -> bool:
     """Is it what `create` leaves when it is killed before run.json is there?"""
-    is_start = file.name == START or file.name.startswith((f".{START}.", ".plan.yaml.", ".run.json."))
+    is_start = file.name in (START, ".lock") or file.name.startswith((f".{START}.", ".plan.yaml.", ".run.json."))
     own_plan = file.name == "plan.yaml" and (file.parent / START).exists()
     return is_start or own_plan

@@ -1,16 +1,17 @@
-"""The table of what is supported, generated from the registries; writes it between two marks of a Markdown file."""
+"""The README's generated tables: what is supported, and every key of a plan with its default."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from slimbridge.errors import RunError
 from slimbridge.files import write_file
-
-BEGIN, END = "<!-- supported: begin -->", "<!-- supported: end -->"
 
 
 def support_table() -> str:
@@ -20,12 +21,67 @@ def support_table() -> str:
     return "\n".join(lines)
 
 
+def plan_reference() -> str:
+    """Markdown: each section of a plan, its keys, their defaults and meaning, from the schema itself."""
+    from slimbridge.plan import schema
+
+    blocks = []
+    for title, section in _SECTIONS.items():
+        model = getattr(schema, section)
+        meanings = _attributes(model.__doc__ or "")
+        blocks.append(f"**{title}** - {_first_sentence(model)}.\n\n| key | default | meaning |\n|---|---|---|")
+        for name, item in model.model_fields.items():
+            default = "required" if item.is_required() else f"`{_shown(item.default)}`"
+            blocks[-1] += f"\n| `{name}` | {default} | {meanings.get(name, '')} |"
+    return "\n\n".join(blocks)
+
+
 def updated(text: str) -> str:
-    """The text with the table between the marks made anew; RunError when a mark is missing."""
-    if BEGIN not in text or END not in text:
-        raise RunError(f"the text has no marks '{BEGIN}' and '{END}'")
-    before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{support_table()}\n{END}{rest.split(END, 1)[1]}"
+    """The text with the tables between their marks made anew; RunError when a mark is missing."""
+    for name, make in (("supported", support_table), ("plan", plan_reference)):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin not in text or end not in text:
+            raise RunError(f"the text has no marks '{begin}' and '{end}'")
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}\n{make()}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+_SECTIONS = {
+    "the plan": "Plan",
+    "model": "ModelSection",
+    "data": "DataSection",
+    "baseline": "BaselineSection",
+    "train, finetune": "TrainSection",
+    "optimizer": "OptimizerSection",
+    "stage prune": "PruneStage",
+    "stage distill": "DistillStage",
+    "teacher": "TeacherSection",
+    "losses": "LossSection",
+    "stage quantize": "QuantizeStage",
+    "stage finetune": "FinetuneStage",
+}
+
+
+def _attributes(text: str) -> dict[str, str]:
+    """Name -> meaning, from the lines under "Attributes:" of a docstring."""
+    lines = text.partition("Attributes:")[2].splitlines()
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in lines:
+        start = re.match(r" {8}(\w[\w, ]*): (.*)", line)
+        if start:
+            names = [name.strip() for name in start[1].split(",")]
+            found.update(dict.fromkeys(names, start[2]))
+        elif line.strip():
+            found.update({name: f"{found[name]} {line.strip()}" for name in names})
+    return found
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, BaseModel):
+        return "see below"
+    return "[]" if default == () else str(default)
 
 
 def _rows() -> Iterator[tuple[str, str, str]]:

@@ -117,12 +117,13 @@ class Builder:
             self.refs[value.id] = ref
 
     def _check_shapes(self, node: Node, op: str) -> None:
-        """Raise ModelError for a shape that the program does not know: Paddle writes -1 there."""
+        """Raise ModelError for a shape that Paddle does not know (-1), or that leaves a window nothing to look at."""
+        least = 1 if "conv" in op or "pool" in op else 0
         for output in node.outputs:
-            if any(size < 0 for size in self.shapes[output]):
+            if min(self.shapes[output], default=least) < least:
                 raise ModelError(
                     f"trace: '{op}' in layer '{node.name}' gives the shape {self.shapes[output]};\n"
-                    "-1 is a size that depends on the data, or an example input that is too small for the layer"
+                    "an axis depends on the data, or the example input is too small for the layer"
                 )
 
     def _unknown(self, call: trace_ops.Call) -> list[Ref]:

@@ -78,7 +78,12 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """A shipped data set; leave the section out to pass data of your own."""
+    """A shipped data set; leave the section out to pass data of your own.
+
+    Attributes:
+        name: a data set's name.
+        options: its options.
+    """
 
     name: str
     options: Options = {}
@@ -88,7 +93,16 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSection(Section):
-    """See `slimbridge.ports.OptimizerSettings`; momentum and nesterov are for sgd, betas and eps for adam, adamw."""
+    """One definition for all frameworks.
+
+    Attributes:
+        kind: sgd, adam (weight decay added to the gradient) or adamw (decoupled).
+        momentum: share of the old velocity kept; sgd only.
+        nesterov: sgd only.
+        weight_decay: 0 or more.
+        betas: decays of the moments; adam and adamw only.
+        eps: offset of the denominator; adam and adamw only.
+    """
 
     kind: Literal["sgd", "adam", "adamw"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -113,7 +127,7 @@ class TrainSection(Section):
         learning_rate: of the first step after warm-up.
         schedule: how the learning rate changes, a registered name.
         warmup_epochs: epochs over which the learning rate rises linearly from 0.
-        optimizer: see `OptimizerSection`.
+        optimizer: how a step is made.
     """
 
     epochs: Positive
@@ -146,6 +160,7 @@ class PruneStage(Section):
     """Remove output channels of convolutions and linear layers, the least important first, in each channel group.
 
     Attributes:
+        kind: "prune".
         importance: criterion, a registered name.
         pruning_ratio: share of each group's channels to remove; min(n - 1, round(n * ratio)) of n go, half to even.
         ignored_layers: layer paths or patterns (fnmatch) whose output channels stay.
@@ -160,7 +175,14 @@ class PruneStage(Section):
 
 
 class LossSection(Section):
-    """One term: its weight; temperature for losses on logits; student and teacher layer for losses on features."""
+    """One term of the loss.
+
+    Attributes:
+        loss: a registered name.
+        weight: factor of the term.
+        temperature: softening of the logits, for losses that take it; None is the loss's own default.
+        student, teacher: layer paths, for losses on feature maps.
+    """
 
     loss: LossName
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -181,7 +203,12 @@ class LossSection(Section):
 
 
 class TeacherSection(Section):
-    """Who teaches: the model as it was before the first stage ("baseline"), or a zoo model with its weights."""
+    """Who teaches.
+
+    Attributes:
+        model: "baseline", the model as it was before the first stage, or a model section.
+        weights: a .safetensors file, for a model section.
+    """
 
     model: Literal["baseline"] | ModelSection = "baseline"
     weights: str | None = None
@@ -199,7 +226,8 @@ class DistillStage(Section):
     """Train the model, the student, against a teacher.
 
     Attributes:
-        teacher: see `TeacherSection`.
+        kind: "distill".
+        teacher: who teaches.
         losses: the terms; their weighted sum is minimised.
         train: how to train.
     """
@@ -216,6 +244,7 @@ class QuantizeStage(Section):
     Weights: symmetric, one step for each output channel. Activations: symmetric, one step for each tensor.
 
     Attributes:
+        kind: "quantize".
         weight_bits, activation_bits: word length; 8.
         observer: how activation ranges are collected over the calibration batches, a registered name.
         observer_options: options of the observer.
@@ -234,7 +263,12 @@ class QuantizeStage(Section):
 
 
 class FinetuneStage(Section):
-    """Train the model as it is, on the task's own loss."""
+    """Train the model as it is, on the task's own loss.
+
+    Attributes:
+        kind: "finetune".
+        train: how to train.
+    """
 
     kind: Literal["finetune"] = "finetune"
     train: TrainSection

@@ -276,9 +276,10 @@ def test_channels_last_normalisation_has_known_shapes(backend: Any) -> None:
 
 
 def test_shapes_that_are_not_known_are_refused(backend: Any) -> None:
-    model = net(lambda m, x: m.second(m.first(x)), first=nn.Conv2D(4, 4, 3), second=nn.Conv2D(4, 4, 6))
-    with pytest.raises(ModelError, match=r"'conv2d' in layer 'second' gives the shape \(2, 4, -1, -1\)"):
-        backend.trace(model, [IMAGE])
+    for kernel, found in ((5, "0, 0"), (6, "-1, -1")):
+        model = net(lambda m, x: m.second(m.first(x)), first=nn.Conv2D(4, 4, 3), second=nn.Conv2D(4, 4, kernel))
+        with pytest.raises(ModelError, match=rf"'conv2d' in layer 'second' gives the shape \(2, 4, {found}\)"):
+            backend.trace(model, [IMAGE])
     with pytest.raises(ModelError, match=r"'nonzero' in layer '' gives the shape \(-1, 4\)"):
         backend.trace(net(lambda m, x: paddle.nonzero(m.conv(x)), conv=nn.Conv2D(4, 2, 1)), [IMAGE])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 from slimbridge.decisions import DistillDecision, GroupChoice, PruneDecision, load_decision
 from slimbridge.errors import RunError
-from slimbridge.files import write_file
+from slimbridge.files import locked, write_file
 from slimbridge.plan import Plan, load_plan
 from slimbridge.report.records import LatencyRecord, StageRecord
 from slimbridge.runfolder import RunFolder, StageResult, stage_names
@@ -303,3 +305,13 @@ def test_stored_arrays_keep_their_types(tmp_path: Path) -> None:
     found = load_stored(tmp_path / "w")
     assert found["x"].dtype == np.int8
     assert found["y"].dtype == np.float64
+
+
+def test_a_lock_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    code = "import sys, pathlib, slimbridge.files as f\nwith f.locked(pathlib.Path(sys.argv[1])): pass"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with locked(tmp_path / ".lock"):
+        held = subprocess.run(command, check=False, capture_output=True, text=True)
+    free = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert "another process is working in it" in held.stderr
+    assert (held.returncode, free.returncode) == (1, 0)

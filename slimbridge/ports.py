@@ -204,7 +204,7 @@ class Backend(Protocol):
         loss: Loss,
         capture: Sequence[str] = (),
     ) -> dict[str, float]:
-        """One step in train mode; returns the terms of the loss before the step."""
+        """One step in train mode, the mode restored; returns the terms of the loss before the step."""
 
     def remove_channels(self, model: Model, decision: PruneDecision, optimizer: Optimizer | None = None) -> Model:
         """Slice each parameter and buffer of `decision.kept`, layer attributes and optimizer state with them."""

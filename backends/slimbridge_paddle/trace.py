@@ -13,6 +13,7 @@ from slimbridge.graph import Graph, Node
 from slimbridge.ports import Array
 from slimbridge_paddle import (
     trace_layers,  # noqa: F401  (registers its handlers)
+    trace_moves,  # noqa: F401  (likewise)
     trace_ops,
 )
 from slimbridge_paddle.capture import Program, capture

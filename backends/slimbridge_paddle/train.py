@@ -13,7 +13,7 @@ from slimbridge.errors import BackendError, ModelError, listed, nearest
 from slimbridge.ports import Array, Loss, OptimizerSettings
 from slimbridge_paddle._compat import AdamW, Momentum, corrected_statistic, quiet_training
 from slimbridge_paddle.names import BATCH_NORMS, Entry, entries
-from slimbridge_paddle.run import hooked, run, summed
+from slimbridge_paddle.run import hooked, mode, run, summed
 from slimbridge_paddle.tensors import assign, copied, dtype_name, replace_data
 
 _POWERS = ("beta1_pow_acc", "beta2_pow_acc")
@@ -237,13 +237,12 @@ def undone_on_failure(model: Any) -> Iterator[None]:
 def train_step(
     model: Any, optimizer: PaddleOptimizer, inputs: Sequence[Array], loss: Loss, capture: Sequence[str]
 ) -> dict[str, float]:
-    """One step in train mode, which the model keeps; the terms of the loss before it.
+    """One step in train mode, each layer's own mode restored; the terms of the loss before it.
 
     A step that fails leaves parameters and running statistics as they were.
     """
-    model.train()
     optimizer.zero_grad()
-    with undone_on_failure(model):
+    with undone_on_failure(model), mode(model, train=True):
         with quiet_training(), unbiased_statistics(model):
             done = run(model, inputs, capture)
         total, values = summed(loss(done))

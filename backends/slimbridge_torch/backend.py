@@ -152,15 +152,14 @@ class TorchBackend:
         loss: Loss,
         capture: Sequence[str] = (),
     ) -> dict[str, float]:
-        """One step in train mode.
+        """One step in train mode; each module's own mode is restored.
 
         Raises:
             ModelError: a term of the loss is not finite; no step is taken.
         """
         native = _own(optimizer)
-        model.train()
         native.zero_grad()
-        with torch.enable_grad():
+        with _mode(model, train=True), torch.enable_grad():
             terms = loss(_run(model, self._inputs(model, inputs), capture))
             training.total(terms).backward()
         try:

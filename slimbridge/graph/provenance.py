@@ -268,6 +268,8 @@ def _pad(walk: Walk, node: Node) -> None:
     ids, shape = walk.source(node), walk.shape(node.outputs[0])
     for axis, (before, after) in enumerate(node.attrs["pads"]):
         size = list(ids.shape)
+        if before == after == 0:
+            continue
         if before < 0 or after < 0:
             walk.give_up(node, f"a negative padding is used by {where(node)}")
             return

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from slimbridge import compare_runs, compress, zoo
+from slimbridge.errors import RunError
 from slimbridge.parity import compare
 from slimbridge.plan import load_plan
 from slimbridge.report import Comparison, Verdict
 from slimbridge.runfolder import RunFolder
 from slimbridge.session import run_session
+from slimbridge.tasks import load_data
 from tests.integration.tiny import PLAN
 
 
@@ -87,3 +90,43 @@ def test_a_planted_difference_is_found(
     reference, other = (RunFolder(session[0] / side) for side in ("torch", "paddle"))
     failed = {verdict.claim for verdict in compare(reference, other, replay) if verdict.passed is False}
     assert claim in failed
+
+
+def test_a_damaged_run_is_not_compared(session: tuple[Path, Comparison], tmp_path: Path) -> None:
+    """Weights that are not those of the record cannot pass for a run that is equal."""
+    shutil.copytree(session[0] / "paddle", tmp_path / "paddle")
+    path = tmp_path / "paddle/02-distill/weights.safetensors"
+    arrays = load_file(path)
+    save_file({name: array + 1 for name, array in arrays.items()}, path)
+    with pytest.raises(RunError, match=r"damaged or changed"):
+        compare_runs(session[0] / "torch", tmp_path / "paddle")
+
+
+def test_runs_of_different_plans_are_not_compared(session: tuple[Path, Comparison], tmp_path: Path) -> None:
+    shutil.copytree(session[0] / "paddle", tmp_path / "paddle")
+    plan = tmp_path / "paddle/plan.yaml"
+    plan.write_text(plan.read_text().replace("l1_norm", "l2_norm"))
+    with pytest.raises(RunError, match=r"their plans differ in stages"):
+        compare_runs(session[0] / "torch", tmp_path / "paddle")
+
+
+def test_one_framework_is_not_compared_with_itself(session: tuple[Path, Comparison]) -> None:
+    verdicts = compare_runs(session[0] / "torch", session[0] / "torch").verdicts
+    assert {verdict.passed for verdict in verdicts if verdict.parity == "numeric"} == {None}
+    assert any("proves nothing" in verdict.reason for verdict in verdicts)
+
+
+def test_a_model_of_ones_own_is_replayed(session: tuple[Path, Comparison], tmp_path: Path) -> None:
+    """A fresh model and the data are handed over in place of the plan's."""
+    data = load_data("digits", channels=1, image_size=12)
+    paths = []
+    for name in ("torch", "paddle"):
+        model = zoo.build("lenet", name, image_size=12)
+        baseline = {"weights": str(paths[0] / "00-baseline/weights.safetensors")} if paths else {}
+        plan = {"baseline": baseline, "stages": [{"kind": "prune", "pruning_ratio": 0.5}]}
+        paths.append(compress(model, plan, data=data, run_dir=tmp_path / name).folder)
+    fresh = zoo.build("lenet", "paddle", image_size=12, seed=9)
+    verdicts = compare_runs(*paths, model=fresh, data=data).verdicts
+    assert {verdict.passed for verdict in verdicts} == {True}
+    without = compare_runs(tmp_path / "torch", tmp_path / "paddle")
+    assert {verdict.passed for verdict in without.verdicts} == {True}, "the replay is kept"

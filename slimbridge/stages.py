@@ -70,7 +70,7 @@ def _baseline(scene: Scene, name: str, stage: BaselineSection, model: Model) -> 
     notes: tuple[str, ...] = ()
     if stage.weights is not None:
         model = scene.backend.write(model, load_weights(Path(stage.weights)))
-        notes = (f"starts from the weights in {stage.weights}",)
+        notes = (f"starts from the weights in {Path(*Path(stage.weights).parts[-3:])}",)
     if stage.train is None:
         return Outcome(model, notes=notes)
     model, epochs = _train(scene, name, stage.train, model, on_labels(scene, model))

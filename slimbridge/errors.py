@@ -30,6 +30,18 @@ class RunError(SlimbridgeError):
     """A run folder that cannot be read, written, resumed or compared."""
 
 
+FAILURES = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(OSError, RuntimeError, TypeError, ValueError),
+)
+"""What a user's model or a framework raises when a pass fails."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """A hint " (did you mean 'x'?)" for the allowed word closest to `word`, or the empty string."""
     found = get_close_matches(word, list(allowed), n=1, cutoff=0.5)

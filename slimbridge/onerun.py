@@ -13,19 +13,19 @@ from typing import Any
 from slimbridge import __version__
 from slimbridge.decisions import Decision, PruneDecision
 from slimbridge.deploy.latency import measure_latency
-from slimbridge.errors import ModelError, PlanError, RunError
+from slimbridge.errors import FAILURES, ModelError, PlanError, RunError
 from slimbridge.files import locked
 from slimbridge.graph import cost_of
 from slimbridge.plan import BaselineSection, Plan
 from slimbridge.ports import Array, Backend, DType, Model
-from slimbridge.rehearse import first_inputs, rehearse
+from slimbridge.rehearse import EXAMPLE, first_inputs, rehearse
 from slimbridge.report.records import RunReport, StageRecord
 from slimbridge.resolve import build_model, plan_data, with_defaults
 from slimbridge.runfolder import RunFolder, StageResult, stage_names
 from slimbridge.stages import Outcome, Scene, UserLoss, run_stage
-from slimbridge.tasks import Data, Split, metrics
+from slimbridge.tasks import Data, Split, batches, metrics
 from slimbridge.tasks.metrics import Metric
-from slimbridge.train import Progress, evaluate, outputs_of
+from slimbridge.train import Progress, derived_seed, evaluate, outputs_of, seed_all
 from slimbridge.train.checkpoint import load_checkpoint
 from slimbridge.weights import digest_of
 
@@ -66,6 +66,17 @@ def change_form(backend: Backend, model: Model, decisions: Iterable[Decision]) -
     return model
 
 
+def probe_inputs(backend: Backend, data: Data, seed: int) -> tuple[Array, ...]:
+    """The test samples that the probe runs; a loader that shuffles gives the same ones each time on one framework."""
+    seed_all(backend, derived_seed(seed, "probe"))
+    return first_inputs(data, PROBE)
+
+
+def digest_of_inputs(inputs: tuple[Array, ...]) -> str:
+    """Digest of the arrays of one batch."""
+    return digest_of({str(index): array for index, array in enumerate(inputs)})
+
+
 def machine() -> str:
     """Processor architecture, cores, operating system, Python."""
     cores = os.cpu_count() or 1
@@ -88,7 +99,7 @@ class Run:
         weights = side.read(start)
         plan = _truthful(plan, given, side, weights)
         facts = _facts(side, given, data, weights)
-        if resume and (path / "run.json").exists():
+        if resume and (path / "run.json").exists() and not RunFolder(path).give_up_if_nothing_done():
             folder = RunFolder.resume(path, plan, facts)
             start = folder.restart(side, start)
         else:
@@ -102,7 +113,7 @@ class Run:
             data=data,
             metric=given.metric or metrics.get("accuracy"),
             progress=progress,
-            example=first_inputs(data, 1),
+            example=first_inputs(data, EXAMPLE),
             loss=given.loss,
             checkpoint=folder.checkpoint,
             teacher=lambda: rebuild(side, side.clone(start), folder, "00-baseline"),
@@ -140,8 +151,9 @@ class Run:
         weights = backend.read(outcome.model)
         kind = "baseline" if isinstance(stage, BaselineSection) else stage.kind
         record = self._measure(outcome, index, kind, name, seconds, digest)
-        probe = outputs_of(backend, outcome.model, first_inputs(self.scene.data, PROBE))
-        self.folder.commit(name, StageResult(record, weights, outcome.decision, probe))
+        inputs = probe_inputs(backend, self.scene.data, plan.seed)
+        probe = outputs_of(backend, outcome.model, inputs)
+        self.folder.commit(name, StageResult(record, weights, outcome.decision, probe, digest_of_inputs(inputs)))
         self.scene.progress.say(f"{backend.name} {name}: {_summary(record)} ({plan.name})")
         return outcome.model
 
@@ -149,6 +161,7 @@ class Run:
         scene, backend = self.scene, self.scene.backend
         metric = evaluate(backend, outcome.model, scene.data.test, scene.metric, scene.progress)
         cost = cost_of(backend.trace(outcome.model, scene.example))
+        one = [array[:1] for array in scene.example] if self._takes_one(outcome.model) else scene.example
         return StageRecord(
             index=index,
             kind=kind,
@@ -158,13 +171,21 @@ class Run:
             parameters=cost.parameters,
             macs=cost.macs,
             size_bytes=0,
-            latency=measure_latency(backend, outcome.model, scene.example, scene.plan.device, kind == "quantize"),
+            latency=measure_latency(backend, outcome.model, one, scene.plan.device, kind == "quantize"),
             seconds=round(seconds, 2),
             input_digest=digest,
             decision_digest=outcome.decision.digest() if outcome.decision else None,
             epochs=outcome.epochs,
             notes=outcome.notes,
         )
+
+    def _takes_one(self, model: Model) -> bool:
+        """Does the model run on a single sample, as latency is measured?"""
+        try:
+            self.scene.backend.forward(model, [array[:1] for array in self.scene.example])
+        except FAILURES:
+            return False
+        return True
 
     def _report(self, names: tuple[str, ...]) -> RunReport:
         facts = self.folder.facts()
@@ -201,18 +222,27 @@ def _facts(side: Backend, given: Given, data: Data, weights: Mapping[str, Array]
         "versions": dict(side.capabilities().versions),
         "machine": machine(),
         "model": {name: list(array.shape) for name, array in weights.items()},
-        "data": {part: _fingerprint(source) for part, source in (("train", data.train), ("test", data.test))},
+        "data": {part: fingerprint(source) for part, source in (("train", data.train), ("test", data.test))},
         "loss": _function_name(given.loss),
         "metric": _function_name(given.metric),
     }
 
 
-def _fingerprint(source: Split | Iterable[Any]) -> str:
+def fingerprint(source: Split | Iterable[Any]) -> str:
     """Digest of arrays; of any other source only what can be known without reading it: its kind and length."""
     if isinstance(source, Split):
         inputs = source.inputs if isinstance(source.inputs, tuple) else (source.inputs,)
         return digest_of({"targets": source.targets, **{f"input {i}": array for i, array in enumerate(inputs)}})
-    length = len(source) if isinstance(source, Sized) else "?"
+    if isinstance(source, (list, tuple)):
+        found = {}
+        for index, (inputs, targets) in enumerate(batches(source)):
+            found[f"{index}"] = targets
+            found.update({f"{index} input {i}": array for i, array in enumerate(inputs)})
+        return digest_of(found)
+    try:
+        length = str(len(source)) if isinstance(source, Sized) else "?"
+    except (TypeError, ValueError, NotImplementedError):
+        length = "?"
     return f"{type(source).__name__} of {length}"
 
 

@@ -223,12 +223,12 @@ class Backend(Protocol):
 
 
 def tensors_in(output: object) -> list[Tensor]:
-    """The tensors of a nested output (tuples, lists, dicts in insertion order), flattened."""
+    """The tensors of a nested output (tuples, lists, dicts in insertion order), flattened; plain values left out."""
     if isinstance(output, Mapping):
         return [tensor for item in output.values() for tensor in tensors_in(item)]
     if isinstance(output, (list, tuple)):
         return [tensor for item in output for tensor in tensors_in(item)]
-    return [] if output is None else [output]
+    return [] if output is None or isinstance(output, (bool, int, float, complex, str, bytes)) else [output]
 
 
 def as_float64(array: Array) -> NDArray[np.float64]:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from slimbridge.distill import Distiller, missing_paths
-from slimbridge.errors import SlimbridgeError
-from slimbridge.plan import DistillStage, Plan, PruneStage, QuantizeStage
+from slimbridge.errors import FAILURES, SlimbridgeError, first_line
+from slimbridge.plan import DistillStage, FinetuneStage, Plan, PruneStage, QuantizeStage
 from slimbridge.ports import Array, Backend, Model, tensors_in
 from slimbridge.prune import Pruner
 from slimbridge.quantize import Quantizer
@@ -21,6 +21,8 @@ from slimbridge.tasks.data import check_classes
 from slimbridge.weights import load_weights
 
 T = TypeVar("T")
+EXAMPLE = 2
+"""Samples of an example pass: some models are defined for more than one only."""
 
 
 def first_inputs(data: Data, count: int) -> tuple[Array, ...]:
@@ -64,14 +66,23 @@ class Rehearsal:
         weights = self.plan.baseline.weights
         if weights is not None:
             self.attempt("baseline.weights", lambda: backend.write(model, load_weights(Path(weights))))
-        inputs, _ = first_batch(data.test, 1)
-        done = self.attempt("the data does not fit the model", lambda: backend.forward(model, inputs))
-        if done is None:
+        inputs, _ = first_batch(data.test, EXAMPLE)
+        done = self.attempt("the test data does not fit the model", lambda: backend.forward(model, inputs))
+        learned, _ = first_batch(data.train, EXAMPLE)
+        also = self.attempt("the training data does not fit the model", lambda: backend.forward(model, learned))
+        if done is None or also is None:
             return
-        if task_loss:
+        if task_loss and self._learns_labels():
             output = tensors_in(done.output)[0]
             self.attempt("data", partial(_check_labels, data, tuple(backend.ops.shape(output))))
         self._stages(model, inputs)
+
+    def _learns_labels(self) -> bool:
+        """Does any training of the plan look at labels?"""
+        stages = self.plan.stages
+        trained = (self.plan.baseline.train, *(getattr(stage, "finetune", None) for stage in stages))
+        distilled = (Distiller(stage).needs_labels for stage in stages if isinstance(stage, DistillStage))
+        return any(trained) or any(distilled) or any(isinstance(stage, FinetuneStage) for stage in stages)
 
     def attempt(self, where: str, work: Callable[[], T]) -> T | None:
         """The result of some work, or None and a finding."""
@@ -79,8 +90,8 @@ class Rehearsal:
             return work()
         except SlimbridgeError as error:
             self.findings.extend(f"{where}: {line}" for line in str(error).splitlines())
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, OSError) as error:
-            self.findings.append(f"{where}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        except FAILURES as error:
+            self.findings.append(f"{where}: {first_line(error)}")
         return None
 
     def _stages(self, model: Model, example: tuple[Array, ...]) -> None:

@@ -17,17 +17,17 @@ from slimbridge.distill import Distiller
 from slimbridge.errors import RunError
 from slimbridge.files import make_folder, write_file
 from slimbridge.graph import cost_of
-from slimbridge.onerun import PROBE, rebuild
+from slimbridge.onerun import digest_of_inputs, fingerprint, probe_inputs, rebuild
 from slimbridge.parity.replay_records import Replay, ReplayStage
 from slimbridge.plan import DistillStage, PruneStage, QuantizeStage
 from slimbridge.ports import Backend, Model
 from slimbridge.prune import Pruner
 from slimbridge.quantize import Quantizer, integer_weights
-from slimbridge.rehearse import first_inputs
+from slimbridge.rehearse import EXAMPLE, first_inputs
 from slimbridge.resolve import build_model, plan_data
-from slimbridge.runfolder import RunFolder, stage_names
+from slimbridge.runfolder import RunFolder, save_probe, stage_names
 from slimbridge.stages import calibration_inputs
-from slimbridge.tasks import Data
+from slimbridge.tasks import Data, Split
 from slimbridge.train import Progress, Quiet, outputs_of
 from slimbridge.weights import digest_of, save_weights
 
@@ -73,11 +73,12 @@ class _Replay:
         self.part = output.with_name(f".{output.name}.part")
         self.plan = folder.plan()
         self.data = data or plan_data(self.plan)
-        self.example = first_inputs(self.data, 1)
+        self.example = first_inputs(self.data, EXAMPLE)
 
     def run(self) -> Replay:
         names = stage_names(self.plan)
         self.folder.require_complete()
+        self._require_its_own()
         self._fresh_output()
         self.progress.start(f"replaying {self.folder.path.name} on {self.backend.name}", len(names))
         stages = []
@@ -93,6 +94,17 @@ class _Replay:
         except OSError as error:
             raise RunError(f"{self.output}: cannot be written: {error.strerror or error}") from error
         return result
+
+    def _require_its_own(self) -> None:
+        """RunError when the model is of another framework, or arrays are not those of the run."""
+        if self.model is not None and not self.backend.owns(self.model):
+            raise RunError(
+                f"the model to replay on must be a {self.backend.name} model, found {type(self.model).__name__}"
+            )
+        known = self.folder.facts().get("data", {})
+        for part, source in (("train", self.data.train), ("test", self.data.test)):
+            if isinstance(source, (Split, list, tuple)) and known.get(part) != fingerprint(source):
+                raise RunError(f"{self.folder.path}: the {part} data is not that of the run")
 
     def _fresh_output(self) -> None:
         if self.output.exists() and any(self.output.iterdir()) and not (self.output / "replay.json").exists():
@@ -118,8 +130,8 @@ class _Replay:
             before = self.folder.weights(names[index - 1])
             save_weights(here / "integers.safetensors", integer_weights(decision, before))
         model = self._model(name)
-        probe = outputs_of(self.backend, model, first_inputs(self.data, PROBE))
-        save_weights(here / "probe.safetensors", {"output": probe})
+        inputs = probe_inputs(self.backend, self.data, self.plan.seed)
+        save_probe(here, outputs_of(self.backend, model, inputs), digest_of_inputs(inputs))
         macs = cost_of(self.backend.trace(model, self.example)).macs
         return ReplayStage(name=name, macs=macs, decided=decision is not None)
 
@@ -128,7 +140,7 @@ class _Replay:
             return Pruner(stage).prune(self.backend, model, self.example)[1]
         if isinstance(stage, QuantizeStage):
             quantizer, layers = Quantizer(stage), self.backend.layers(model)
-            inputs = calibration_inputs(self.data, self.plan.seed, stage)
+            inputs = calibration_inputs(self.backend, self.data, self.plan.seed, stage)
             thresholds = quantizer.observe(self.backend, model, quantizer.chosen(layers)[0], inputs)
             return quantizer.decide(layers, self.backend.read(model), thresholds)
         if isinstance(stage, DistillStage) and stage.teacher.model == "baseline":

@@ -35,6 +35,7 @@ from slimbridge.ports import Array, Backend, Model
 from slimbridge.report.records import RunReport, StageRecord
 from slimbridge.weights import digest_of, load_stored, load_weights, save_weights
 
+PROBE_FILE = "probe.safetensors"
 START = "start.safetensors"
 """The weights that a run starts from; gone when its first stage is complete."""
 
@@ -48,12 +49,14 @@ class StageResult:
         weights: canonical name -> real values.
         decision: what it decided, None for training alone.
         probe: the model's outputs on the probe batch.
+        probe_digest: digest of that batch.
     """
 
     record: StageRecord
     weights: Mapping[str, Array]
     decision: Decision | None
     probe: Array
+    probe_digest: str = ""
 
 
 def stage_names(plan: Plan) -> tuple[str, ...]:
@@ -108,6 +111,16 @@ class RunFolder:
                 raise RunError(f"{path}: cannot be resumed: the {key} is not the one that it began with")
         return folder
 
+    def give_up_if_nothing_done(self) -> bool:
+        """Remove a run that has trained nothing yet, so that it can begin anew, with a mended loss for one."""
+        trained = [name for name in self.complete_stages() if self.record(name).epochs or self.record(name).index]
+        if trained or any(self.path.glob("checkpoint-*")):
+            return False
+        shutil.rmtree(self.path / stage_names(self.plan())[0], ignore_errors=True)
+        for name in ("run.json", "plan.yaml", START):
+            (self.path / name).unlink(missing_ok=True)
+        return True
+
     def restart(self, backend: Backend, model: Model) -> Model:
         """The model with the weights that the run started from, while they are still needed."""
         path = self.path / START
@@ -160,7 +173,7 @@ class RunFolder:
             digest = digest_of(load_weights(work / "weights.safetensors"))
             record = result.record.model_copy(update={"size_bytes": size, "weights_digest": digest})
             write_file(work / "record.json", record.model_dump_json(indent=1))
-            save_weights(work / "probe.safetensors", {"output": result.probe})
+            save_probe(work, result.probe, result.probe_digest)
             if decision is not None:
                 write_file(work / "decision.json", decision_to_json(decision))
             os.replace(work, self.path / name)
@@ -192,9 +205,9 @@ class RunFolder:
         stored = load_stored(self.path / name / "weights.safetensors")
         return {key: array for key, array in stored.items() if array.dtype == np.int8}
 
-    def probe(self, name: str) -> Array:
-        """The model's outputs on the probe batch after a complete stage."""
-        return load_stored(self.path / name / "probe.safetensors")["output"]
+    def probe(self, name: str) -> tuple[Array, str]:
+        """The model's outputs on the probe batch after a complete stage, and that batch's digest."""
+        return load_probe(self.path / name)
 
     def decision(self, name: str) -> Decision | None:
         """What a complete stage decided; RunError when the file is not what it wrote."""
@@ -236,6 +249,19 @@ class RunFolder:
     def write_report(self, report: RunReport) -> None:
         """Write report.json."""
         write_file(self.path / "report.json", report.model_dump_json(indent=1))
+
+
+def save_probe(folder: Path, output: Array, digest: str) -> None:
+    """Write a model's outputs on the probe batch and the batch's digest."""
+    save_weights(folder / PROBE_FILE, {"output": output, "inputs": np.frombuffer(digest.encode(), np.uint8)})
+
+
+def load_probe(folder: Path) -> tuple[Array, str]:
+    """What `save_probe` wrote; RunError when it is damaged."""
+    stored = load_stored(folder / PROBE_FILE)
+    if not {"output", "inputs"} <= stored.keys():
+        raise RunError(f"{folder / PROBE_FILE}: damaged: it has no outputs and inputs")
+    return stored["output"], stored["inputs"].tobytes().decode(errors="replace")
 
 
 def _beginning(file: Path) -> bool:

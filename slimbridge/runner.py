@@ -64,7 +64,7 @@ class Result:
             raise RunError(f"{target}: exists and is not empty; name another folder{hint}")
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
-            shutil.copytree(self.folder, part)
+            shutil.copytree(self.folder, part, ignore=shutil.ignore_patterns(".lock"))
             if target.exists():
                 shutil.rmtree(target)
             part.replace(target)

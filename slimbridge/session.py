@@ -113,11 +113,12 @@ def _replayed(
     if sides[0] == sides[1]:
         return None, f"both runs are on {sides[0]}: a framework compared with itself proves nothing"
     folder = other.path / f"replay-of-{sides[0]}"
-    if (folder / "replay.json").exists() and read_replay(folder).reference_digest == reference.digest():
+    given = model is not None or data is not None
+    if not given and (folder / "replay.json").exists() and read_replay(folder).reference_digest == reference.digest():
         return folder, ""
     if (plan.model is None and model is None) or (plan.data is None and data is None):
         return None, NOT_IN_PLAN
-    if model is not None or data is not None:
+    if given:
         replay(reference.path, sides[1], folder, data, model)
     else:
         arguments = ["replay", str(reference.path), "--backend", sides[1], "--output", str(folder)]

@@ -19,7 +19,7 @@ from slimbridge.resolve import zoo_model
 from slimbridge.tasks import Data, Split, batches, epoch_order
 from slimbridge.tasks.data import check_classes
 from slimbridge.tasks.metrics import Metric
-from slimbridge.train import Progress, Training, evaluate, train
+from slimbridge.train import Progress, Training, derived_seed, evaluate, seed_all, train
 from slimbridge.train.loop import Objective
 from slimbridge.weights import digest_of, load_weights
 
@@ -139,8 +139,9 @@ def _teacher(scene: Scene, stage: DistillStage) -> Model:
     return scene.backend.write(model, load_weights(Path(str(stage.teacher.weights))))
 
 
-def calibration_inputs(data: Data, seed: int, stage: QuantizeStage) -> list[tuple[Array, ...]]:
+def calibration_inputs(backend: Backend, data: Data, seed: int, stage: QuantizeStage) -> list[tuple[Array, ...]]:
     """The inputs that a quantize stage calibrates on: the same on every framework."""
+    seed_all(backend, derived_seed(seed, "calibration"))
     source, size, count = data.train, stage.calibration_batch_size, stage.calibration_batches
     order = None
     if isinstance(source, Split):
@@ -157,7 +158,7 @@ def _quantize(scene: Scene, name: str, stage: QuantizeStage, model: Model) -> Ou
     quantizer, backend = Quantizer(stage), scene.backend
     layers = backend.layers(model)
     chosen, _ = quantizer.chosen(layers)
-    inputs = calibration_inputs(scene.data, scene.plan.seed, stage)
+    inputs = calibration_inputs(backend, scene.data, scene.plan.seed, stage)
     scene.progress.start(f"{name}: calibrating", len(inputs))
     thresholds = quantizer.observe(backend, model, chosen, _told(inputs, scene.progress))
     decision = quantizer.decide(layers, backend.read(model), thresholds)

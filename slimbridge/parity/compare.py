@@ -14,7 +14,7 @@ from slimbridge.parity.measure import differing, relative
 from slimbridge.parity.replay_records import read_replay
 from slimbridge.parity.tolerances import Tolerance, tolerance
 from slimbridge.report.records import Verdict
-from slimbridge.runfolder import RunFolder, stage_names
+from slimbridge.runfolder import RunFolder, load_probe, stage_names
 from slimbridge.weights import digest_of, load_stored
 
 Class = Literal["exact", "numeric", "behavioural"]
@@ -92,7 +92,11 @@ class _Stage:
     def _forward_difference(self) -> float | None:
         if self.replayed is None:
             return None
-        return relative(load_stored(self.replayed / "probe.safetensors")["output"], self.reference.probe(self.name))
+        (ours, inputs), (theirs, other_inputs) = self.reference.probe(self.name), load_probe(self.replayed)
+        if inputs != other_inputs:
+            self.why_not = "the test loader gave other samples: it must not shuffle"
+            return None
+        return relative(theirs, ours)
 
     def _replayed_decision(self) -> Decision | None:
         path = self.replayed / "decision.json" if self.replayed is not None else None

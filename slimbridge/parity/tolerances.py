@@ -57,7 +57,9 @@ TOLERANCES: dict[str, Tolerance] = {
         2e-5, RELATIVE, "removing channels equals zeroing them up to the order of summation over fewer channels"
     ),
     "removal_check": Tolerance(
-        1e-3, RELATIVE, "the same on a user's model of any depth, before it is trusted; a wrong removal is far above"
+        1e-3,
+        "largest difference of an entry, as a share of it",
+        "the same on a user's model of any depth, before it is trusted; a wrong removal is far above",
     ),
     "statistics": Tolerance(
         1e-6, RELATIVE, "BatchNorm statistics and optimizer slots of one step against NumPy, float32"

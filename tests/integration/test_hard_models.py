@@ -102,3 +102,62 @@ def test_right_or_refused(backend: Backend, name: str) -> None:
         return
     silent = backend.write(backend.clone(model), zeroed(backend.read(model), decision))
     assert relative(output(backend, pruned, PAIR), output(backend, silent, PAIR)) <= tolerance("removal").value
+
+
+class Hidden(Part):
+    """Depends on its width, beside outputs so large that a norm over all would not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.nn.Conv2d(3, 8, 3, padding=1)
+        self.fc = self.nn.Linear(8, 5)
+
+    def forward(self, x: Any) -> Any:
+        h = self.a(x)
+        logits = self.fc(gap(self.nn, self.nn.relu(h)) * (8.0 / h.shape[1]))
+        return self.nn.concat([logits, logits * 0.0 - 1e9], 1)
+
+
+class Auxiliary(Part):
+    """A second head that runs in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.nn.Conv2d(3, 8, 3, padding=1)
+        self.fc = self.nn.Linear(8, 5)
+        self.aux = self.nn.Linear(8, 5)
+
+    def forward(self, x: Any) -> Any:
+        h = gap(self.nn, self.a(x))
+        return (self.fc(h), self.aux(h)) if self.training else self.fc(h)
+
+
+@pytest.mark.parametrize(("part", "message"), [(Hidden, "differs"), (Auxiliary, "does not run in train mode")])
+def test_what_one_pass_would_not_show(backend: Backend, part: type[Part], message: str) -> None:
+    model = make(backend.nn, part)
+    shapes = {key: array.shape for key, array in backend.read(model).items()}
+    model = backend.write(model, initial_weights(shapes, 4))
+    for image in (PAIR, np.zeros_like(PAIR)):
+        with pytest.raises(ModelError, match=message):
+            Pruner(PruneStage(pruning_ratio=0.5)).prune(backend, model, [image])
+
+
+class Odd(Part):
+    """Random in eval mode, with entries that are minus infinity and an output that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.nn.Conv2d(3, 8, 3, padding=1)
+        self.drop = self.nn.Dropout(0.5)
+        self.fc = self.nn.Linear(8, 5)
+
+    def forward(self, x: Any) -> Any:
+        self.drop.train()
+        logits = self.fc(gap(self.nn, self.a(self.drop(x))))
+        return self.nn.concat([logits, logits * 0.0 - float("inf")], 1) if not self.training else logits
+
+
+def test_random_and_infinite_outputs_are_no_fault(backend: Backend) -> None:
+    model = make(backend.nn, Odd)
+    pruned, _ = Pruner(PruneStage(pruning_ratio=0.5)).prune(backend, model, [PAIR])
+    assert backend.read(pruned)["a.weight"].shape[0] == 4

@@ -97,7 +97,7 @@ def _prune_notes(decision: PruneDecision) -> tuple[str, ...]:
     layers = sum(len(group.layers) for group in decision.groups if group.removed)
     removed = sum(len(group.removed) for group in decision.groups)
     total = sum(group.channels for group in decision.groups)
-    line = f"{removed} of {total} channels removed in {len(decision.groups)} groups ({layers} layers)"
+    line = f"{removed} of {total} channels removed; channel groups: {len(decision.groups)}, layers: {layers}"
     return (line, *_skipped_notes(decision.skipped))
 
 

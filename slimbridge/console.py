@@ -73,10 +73,10 @@ def run_one(plan: Plan, backend: str | None, folder: Path, resume: bool, as_json
 
 def run_many(plan: Plan, backends: list[str], folder: Path, resume: bool, as_json: bool) -> bool:
     """Run on several backends, compare, print; True when nothing differs."""
+    from slimbridge.multirun import run_several
     from slimbridge.report.table import print_comparison
-    from slimbridge.session import run_session
 
-    comparison = run_session(plan, backends, folder, resume)
+    comparison = run_several(plan, backends, folder, resume)
     if as_json:
         _emit(comparison.model_dump(mode="json"))
     else:
@@ -87,8 +87,8 @@ def run_many(plan: Plan, backends: list[str], folder: Path, resume: bool, as_jso
 
 def compare_two(reference: Path, other: Path, output: Path | None, as_json: bool) -> bool:
     """Compare two run folders, print; True when nothing differs."""
+    from slimbridge.multirun import compare_folders
     from slimbridge.report.table import print_comparison
-    from slimbridge.session import compare_folders
 
     comparison = compare_folders([reference, other], output)
     if as_json:

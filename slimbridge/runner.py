@@ -155,7 +155,7 @@ def compare_runs(
     Raises:
         SlimbridgeError: a run is not complete, the plans differ, or the model is another one.
     """
-    from slimbridge.session import compare_folders
+    from slimbridge.multirun import compare_folders
 
     folder = Path(output) if output is not None else None
     return compare_folders([Path(reference), Path(other)], folder, model, _as_data(data))

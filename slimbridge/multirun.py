@@ -27,7 +27,7 @@ NOT_IN_PLAN = (
 )
 
 
-def run_session(plan: Plan, backends: Sequence[str], output: Path, resume: bool) -> Comparison:
+def run_several(plan: Plan, backends: Sequence[str], output: Path, resume: bool) -> Comparison:
     """Run a plan on each backend; the first one's baseline weights start the others.
 
     Args:
@@ -55,7 +55,7 @@ def run_session(plan: Plan, backends: Sequence[str], output: Path, resume: bool)
 
 
 def _keep_plan(path: Path, plan: Plan) -> None:
-    """Write the session's plan; RunError when another one lies there."""
+    """Write the plan of the runs; RunError when another one lies there."""
     if path.exists():
         if load_plan(path) != plan:
             raise RunError(f"{path}: holds another plan; name another folder")

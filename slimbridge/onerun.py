@@ -99,9 +99,9 @@ class Run:
         weights = side.read(start)
         plan = _truthful(plan, given, side, weights)
         facts = _facts(side, given, data, weights)
-        if resume and (path / "run.json").exists() and not RunFolder(path).give_up_if_nothing_done():
-            folder = RunFolder.resume(path, plan, facts)
-            start = folder.restart(side, start)
+        resumed = RunFolder.reopen(path, plan, facts) if resume and (path / "run.json").exists() else None
+        if resumed is not None:
+            folder, start = resumed, resumed.restart(side, start)
         else:
             findings = rehearse(side, plan, start, data, given.loss is None)
             if findings:

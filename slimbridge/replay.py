@@ -22,11 +22,11 @@ from slimbridge.parity.replay_records import Replay, ReplayStage
 from slimbridge.plan import DistillStage, PruneStage, QuantizeStage
 from slimbridge.ports import Backend, Model
 from slimbridge.prune import Pruner
-from slimbridge.quantize import Quantizer, integer_weights
+from slimbridge.quantize import integer_weights
 from slimbridge.rehearse import EXAMPLE, first_inputs
 from slimbridge.resolve import build_model, plan_data
 from slimbridge.runfolder import RunFolder, save_probe, stage_names
-from slimbridge.stages import calibration_inputs
+from slimbridge.stages import calibration_inputs, decide_grids
 from slimbridge.tasks import Data, Split
 from slimbridge.train import Progress, Quiet, outputs_of
 from slimbridge.weights import digest_of, save_weights
@@ -139,10 +139,8 @@ class _Replay:
         if isinstance(stage, PruneStage):
             return Pruner(stage).prune(self.backend, model, self.example)[1]
         if isinstance(stage, QuantizeStage):
-            quantizer, layers = Quantizer(stage), self.backend.layers(model)
             inputs = calibration_inputs(self.backend, self.data, self.plan.seed, stage)
-            thresholds = quantizer.observe(self.backend, model, quantizer.chosen(layers)[0], inputs)
-            return quantizer.decide(layers, self.backend.read(model), thresholds)
+            return decide_grids(self.backend, model, stage, inputs)
         if isinstance(stage, DistillStage) and stage.teacher.model == "baseline":
             teacher = self._model("00-baseline")
             digest = digest_of(self.backend.read(teacher))

@@ -29,7 +29,7 @@ import numpy as np
 
 from slimbridge.decisions import Decision, DistillDecision, QuantizeDecision, decision_to_json, load_decision
 from slimbridge.errors import RunError
-from slimbridge.files import write_file
+from slimbridge.files import locked, write_file
 from slimbridge.plan import Plan, load_plan, plan_to_yaml
 from slimbridge.ports import Array, Backend, Model
 from slimbridge.report.records import RunReport, StageRecord
@@ -111,7 +111,22 @@ class RunFolder:
                 raise RunError(f"{path}: cannot be resumed: the {key} is not the one that it began with")
         return folder
 
-    def give_up_if_nothing_done(self) -> bool:
+    @classmethod
+    def reopen(cls, path: Path, plan: Plan, facts: Mapping[str, Any]) -> RunFolder | None:
+        """Open a run to go on with it; None when it does not fit but has trained nothing, and was removed.
+
+        Raises:
+            RunError: as `resume`, or another process works in the folder.
+        """
+        try:
+            return cls.resume(path, plan, facts)
+        except RunError:
+            with locked(path / ".lock"):
+                if cls(path)._remove_if_untrained():
+                    return None
+            raise
+
+    def _remove_if_untrained(self) -> bool:
         """Remove a run that has trained nothing yet, so that it can begin anew, with a mended loss for one."""
         trained = [name for name in self.complete_stages() if self.record(name).epochs or self.record(name).index]
         if trained or any(self.path.glob("checkpoint-*")):

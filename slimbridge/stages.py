@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,15 +155,21 @@ def calibration_inputs(backend: Backend, data: Data, seed: int, stage: QuantizeS
 
 
 def _quantize(scene: Scene, name: str, stage: QuantizeStage, model: Model) -> Outcome:
-    quantizer, backend = Quantizer(stage), scene.backend
-    layers = backend.layers(model)
-    chosen, _ = quantizer.chosen(layers)
+    backend, layers = scene.backend, scene.backend.layers(model)
     inputs = calibration_inputs(backend, scene.data, scene.plan.seed, stage)
     scene.progress.start(f"{name}: calibrating", len(inputs))
-    thresholds = quantizer.observe(backend, model, chosen, _told(inputs, scene.progress))
-    decision = quantizer.decide(layers, backend.read(model), thresholds)
-    model = quantizer.apply(backend, model, decision)
+    decision = decide_grids(backend, model, stage, _told(inputs, scene.progress))
+    model = Quantizer(stage).apply(backend, model, decision)
     return Outcome(model, decision, notes=_quantize_notes(decision, layers, len(inputs)))
+
+
+def decide_grids(
+    backend: Backend, model: Model, stage: QuantizeStage, inputs: Iterable[tuple[Array, ...]]
+) -> QuantizeDecision:
+    """Observe the calibration inputs and decide, for a run and for its replay alike."""
+    quantizer, layers = Quantizer(stage), backend.layers(model)
+    thresholds = quantizer.observe(backend, model, quantizer.chosen(layers)[0], inputs)
+    return quantizer.decide(layers, backend.read(model), thresholds)
 
 
 def _told(items: list[tuple[Array, ...]], progress: Progress) -> Any:

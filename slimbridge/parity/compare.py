@@ -15,7 +15,7 @@ from slimbridge.parity.replay_records import read_replay
 from slimbridge.parity.tolerances import Tolerance, tolerance
 from slimbridge.report.records import Verdict
 from slimbridge.runfolder import RunFolder, load_probe, stage_names
-from slimbridge.weights import digest_of, load_stored
+from slimbridge.weights import load_stored
 
 Class = Literal["exact", "numeric", "behavioural"]
 
@@ -52,7 +52,7 @@ class _Stage:
         self.replayed = replayed / name if replayed is not None else None
         self.decision = reference.decision(name)
         first = stage_names(reference.plan())[0]
-        self.same_start = digest_of(reference.weights(first)) == digest_of(other.weights(first))
+        self.same_start = reference.record(first).weights_digest == other.record(first).weights_digest
 
     def verdicts(self) -> Iterator[Verdict]:
         if self.decision is not None:

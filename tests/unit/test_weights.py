@@ -315,3 +315,19 @@ def test_a_lock_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     free = subprocess.run(command, check=False, capture_output=True, text=True)
     assert "another process is working in it" in held.stderr
     assert (held.returncode, free.returncode) == (1, 0)
+
+
+def test_a_run_that_fits_keeps_its_start_and_an_untrained_one_that_does_not_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    RunFolder.create(path, plan_of(), FACTS, ARRAYS)
+    fits = RunFolder.reopen(path, plan_of(), FACTS)
+    assert fits is not None
+    assert (path / "start.safetensors").exists()
+    with locked(path / ".lock"), pytest.raises(RunError, match=r"another process is working in it"):
+        RunFolder.reopen(path, plan_of(), {**FACTS, "loss": "mended"})
+    assert fits.facts() == FACTS
+    assert RunFolder.reopen(path, plan_of(), {**FACTS, "loss": "mended"}) is None
+    again = RunFolder.create(path, plan_of(), FACTS, ARRAYS)
+    again.checkpoint("00-baseline").write_bytes(b"trained")
+    with pytest.raises(RunError, match=r"the loss is not the one that it began with"):
+        RunFolder.reopen(path, plan_of(), {**FACTS, "loss": "mended"})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from slimbridge.errors import RunError
@@ -46,12 +49,14 @@ class PruneDecision(_Frozen):
     """Which channels go.
 
     Attributes:
-        importance: the criterion's name.
-        pruning_ratio: share that was asked for, 0..1.
+        importance: the criterion's name, or the toolkit's pruner.
+        pruning_ratio: share that was asked for or, with a target, that reached it; 0..1.
         groups: the choices, one for each group that was considered.
         kept: parameter or buffer -> axis -> indices that stay, ascending, canonical layout; only those that change.
         sizes: parameter or buffer -> canonical shape before, for each name in `kept`.
+        heads: layer path -> attention heads before and after, for layers that lose heads.
         skipped: layers left alone, with the reason.
+        exact: removing equals zeroing; False where a LayerNorm's channels were removed on demand.
     """
 
     kind: Literal["prune"] = "prune"
@@ -60,6 +65,56 @@ class PruneDecision(_Frozen):
     groups: tuple[GroupChoice, ...]
     kept: dict[str, dict[int, tuple[int, ...]]]
     sizes: dict[str, tuple[int, ...]]
+    heads: dict[str, tuple[int, int]] = {}
+    skipped: tuple[Skipped, ...] = ()
+    exact: bool = True
+
+
+class Mask(_Frozen):
+    """Which entries of one parameter stay.
+
+    Attributes:
+        shape: canonical shape.
+        bits: base64 of the entries as bits, 1 = stays, in C order, eight to a byte, the first in the highest bit.
+    """
+
+    shape: tuple[int, ...]
+    bits: str
+
+    @classmethod
+    def of(cls, keep: NDArray[np.bool_]) -> Mask:
+        """From a boolean array, True = stays."""
+        packed = np.packbits(np.asarray(keep, dtype=bool).ravel())
+        return cls(shape=tuple(keep.shape), bits=base64.b64encode(packed.tobytes()).decode("ascii"))
+
+    def array(self) -> NDArray[np.bool_]:
+        """The boolean array, True = stays; RunError when the bits are damaged."""
+        size = int(np.prod(self.shape, dtype=np.int64))
+        try:
+            packed = np.frombuffer(base64.b64decode(self.bits, validate=True), np.uint8)
+        except ValueError as error:
+            raise RunError(f"a mask's bits are damaged: {error}") from error
+        if packed.size != (size + 7) // 8:
+            raise RunError(f"a mask of shape {self.shape} has {packed.size} bytes, {(size + 7) // 8} are needed")
+        return np.unpackbits(packed, count=size).astype(bool).reshape(self.shape)
+
+
+class MaskDecision(_Frozen):
+    """Which entries of the weights are zero from now on; no parameter changes its shape.
+
+    Attributes:
+        importance: the criterion's name, or the toolkit's pruner.
+        pattern: "unstructured", "block MxN", "N:M" or "filters".
+        sparsity: share of zeros that was asked for, 0..1.
+        masks: parameter -> mask, for each parameter that was considered.
+        skipped: layers left alone, with the reason.
+    """
+
+    kind: Literal["mask"] = "mask"
+    importance: str
+    pattern: str
+    sparsity: float
+    masks: dict[str, Mask]
     skipped: tuple[Skipped, ...] = ()
 
 
@@ -125,7 +180,7 @@ class DistillDecision(_Frozen):
     terms: tuple[LossTerm, ...]
 
 
-Decision: TypeAlias = PruneDecision | QuantizeDecision | DistillDecision
+Decision: TypeAlias = PruneDecision | MaskDecision | QuantizeDecision | DistillDecision
 _ADAPTER: TypeAdapter[Decision] = TypeAdapter(Annotated[Decision, Field(discriminator="kind")])
 
 

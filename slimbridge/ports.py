@@ -2,7 +2,8 @@
 
 A backend is one object with the methods of `Backend`. Everything in and out is in the canonical form:
 
-* weights are NumPy arrays laid out (out, in, ...), Linear included; module paths are names; activations are NCHW;
+* weights are NumPy arrays laid out (out, in, ...), Linear included; only a transposed convolution keeps the layout
+  (in, out / groups, ...) that the frameworks share; module paths are names; activations are NCHW;
 * BatchNorm's statistics are called `running_mean` and `running_var`, the running variance is the unbiased one
   (divided by n - 1) and `momentum` is the share that a step updates. A framework with other conventions converts.
 
@@ -12,7 +13,8 @@ Methods that change a model return it, so that a framework with immutable models
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -38,7 +40,7 @@ class Capabilities:
         devices: devices present now, "cpu" always.
         dtypes: floating types it computes in.
         threads: threads that one operation may use on the CPU.
-        native_engines: toolkits reachable as `engine: native`.
+        native_engines: pruners of other toolkits reachable as `engine: native`, "<toolkit>.<pruner>".
     """
 
     backend: str
@@ -85,19 +87,55 @@ class Pass(NamedTuple):
     Attributes:
         output: the model's own output, native tensors, nested as the model returns it.
         features: layer path -> that layer's output tensor (native), for each captured path.
+        parameters: canonical name -> the parameter as a native tensor in canonical layout, differentiable; made when
+            it is asked for.
     """
 
     output: Any
-    features: Mapping[str, Tensor] = field(default_factory=dict)
+    features: Mapping[str, Tensor] = MappingProxyType({})
+    parameters: Mapping[str, Tensor] = MappingProxyType({})
 
 
 Loss: TypeAlias = Callable[[Pass], Mapping[str, Tensor]]
 """From a forward pass to named scalar terms, already weighted; their sum is minimised."""
 
 
+@dataclass(frozen=True)
+class NativeRequest:
+    """What another toolkit's pruner is asked to do, on a copy of the model.
+
+    Attributes:
+        pruner: a name of `Capabilities.native_engines`.
+        ratio: share of channels to remove, or of entries to zero, 0..1.
+        layer_ratios: layer path -> share, where it differs; empty: `ratio` for every layer that the toolkit takes.
+        ignored: layer paths whose output channels or entries stay.
+        options: the pruner's own options, by its own names.
+    """
+
+    pruner: str
+    ratio: float
+    layer_ratios: Mapping[str, float] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class NativeResult(NamedTuple):
+    """What a toolkit's pruner chose.
+
+    Attributes:
+        kept: weight's canonical name -> output channels that stay, ascending, for each weight that lost any.
+        masks: weight's canonical name -> bool array of its canonical shape, True = stays, for pruners that only mask.
+        output: outputs of the toolkit's own pruned model on the example, to be compared; None for masks.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    masks: Mapping[str, Array]
+    output: tuple[Array, ...] | None = None
+
+
 @runtime_checkable
 class Optimizer(Protocol):
-    """A native optimizer behind four calls."""
+    """A native optimizer behind a few calls."""
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next steps."""
@@ -107,6 +145,16 @@ class Optimizer(Protocol):
 
     def load_state(self, state: Mapping[str, Array]) -> None:
         """Restore what `state` gave; ModelError names what does not fit."""
+
+    def hold_zeros(self, masks: Mapping[str, Array]) -> None:
+        """After each step from now on, entries whose mask is False are 0; replaces an earlier call, {} lifts it.
+
+        Args:
+            masks: canonical parameter name -> bool array of its canonical shape, True = trained as ever.
+
+        Raises:
+            ModelError: a name is no trainable parameter, or a shape differs.
+        """
 
 
 class Ops(Protocol):
@@ -151,8 +199,11 @@ class Backend(Protocol):
     ops: Ops
     nn: Any
     """Layer factories by PyTorch's names, so that a zoo model is written once: Module, Sequential, ModuleList,
-    Conv2d, Linear, BatchNorm2d, ReLU, ReLU6, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Dropout, Flatten, Identity;
-    functions relu, flatten(x, start), concat(xs, axis), split(x, sizes, axis), reshape, transpose, mean."""
+    Conv2d, ConvTranspose2d, Linear, BatchNorm2d, LayerNorm, GroupNorm, ReLU, ReLU6, LeakyReLU, GELU, SiLU, Sigmoid,
+    Hardswish, Hardsigmoid, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Dropout, Flatten, Identity; functions relu,
+    sigmoid, gelu, softmax(x, axis), matmul, flatten(x, start), concat(xs, axis), split(x, sizes, axis), reshape,
+    transpose, mean, upsample(x, factor) (nearest), pad(x, before_after_pairs), parameter(array) (a trainable array,
+    set as an attribute of a Module)."""
 
     def capabilities(self) -> Capabilities:
         """Versions, devices and engines on this machine."""
@@ -207,7 +258,12 @@ class Backend(Protocol):
         """One step in train mode, the mode restored; returns the terms of the loss before the step."""
 
     def remove_channels(self, model: Model, decision: PruneDecision, optimizer: Optimizer | None = None) -> Model:
-        """Slice each parameter and buffer of `decision.kept`, layer attributes and optimizer state with them."""
+        """Slice each parameter and buffer of `decision.kept`, layer attributes and optimizer state with them.
+
+        A GroupNorm loses whole groups: its number of groups shrinks as its channels do. For each layer of
+        `decision.heads` the integer attributes whose name speaks of heads, but not of their size, and that hold the
+        old number get the new one; ModelError where there is none.
+        """
 
     def insert_quant(self, model: Model, decision: QuantizeDecision) -> Model:
         """Fake-quantize the first input of each layer of `decision.activations` from now on.
@@ -219,6 +275,15 @@ class Backend(Protocol):
         """{"absmax", "min", "max"} of the first input of each layer over one batch, reduced on the device.
 
         A layer that ran several times in the pass gives the extremes over its runs; one that did not run is absent.
+        """
+
+    def native(self, model: Model, request: NativeRequest, inputs: Sequence[Array]) -> NativeResult:
+        """Let another toolkit choose, on a copy; the model is left as it was.
+
+        Raises:
+            BackendError: the pruner is unknown (the message lists those there are), its toolkit is not installed, or
+                it does not know an option.
+            ModelError: the toolkit failed, changed nothing, or left a model that does not run.
         """
 
 

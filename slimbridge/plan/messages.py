@@ -54,7 +54,7 @@ def _explain(item: Any, holder: list[type[BaseModel]]) -> str:
         word = str(context.get("tag", found))[:60]
         return f"found '{word}'{nearest(word, allowed)}; allowed: {listed(allowed) if allowed else context['expected']}"
     if kind == "union_tag_not_found":
-        return "has no 'kind'; allowed: prune, distill, quantize, finetune"
+        return "has no 'kind'; allowed: prune, sparsify, distill, quantize, finetune"
     if kind == "string_pattern_mismatch":
         return f"found '{str(found)[:40]}'; letters, digits, spaces, '_', '-', '.' are allowed, at most 80"
     if kind == "too_short":

@@ -1,0 +1,1 @@
+"""Importances of single entries of a weight, for masks."""

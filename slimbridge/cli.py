@@ -119,6 +119,36 @@ def parity(
 
 
 @app.command()
+def study(
+    plan: PlanArgument,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="PATH=VALUE,VALUE, e.g. stages[0].importance=l1_norm,fpgm; give it once for each path."),
+    ] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Give it once for each backend.")] = None,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder; default runs/<plan>-study.")] = None,  # noqa: UP045
+    seeds: Annotated[Optional[str], typer.Option(help="Seeds, e.g. 0,1,2.")] = None,  # noqa: UP045
+    device: Device = None,
+    resume: Annotated[bool, typer.Option(help="Keep complete runs in the folder and go on with the others.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a plan many times with some of its values varied. Exit code 1 when a run failed."""
+    from slimbridge import console
+    from slimbridge.plan import load_plan
+    from slimbridge.study.vary import parse_seeds, parse_vary
+
+    loaded = load_plan(plan)
+    if device is not None:
+        loaded = load_plan({**loaded.model_dump(), "device": device})
+    names = backend or ([loaded.backend] if loaded.backend else [])
+    if not names:
+        raise SlimbridgeError("--backend: name the backend, or several, each with an option of its own")
+    folder = output or Path("runs") / f"{loaded.name}-study"
+    done = console.run_study(loaded, parse_vary(vary or ()), names, folder, parse_seeds(seeds), resume, as_json)
+    raise typer.Exit(0 if done else 1)
+
+
+@app.command()
 def conformance(
     backend: Annotated[str, typer.Option(help="The backend to test.")],
     device: Device = None,

@@ -85,6 +85,29 @@ def run_many(plan: Plan, backends: list[str], folder: Path, resume: bool, as_jso
     return comparison.passed
 
 
+def run_study(
+    plan: Plan,
+    vary: dict[str, list[Any]],
+    backends: list[str],
+    folder: Path,
+    seeds: tuple[int, ...],
+    resume: bool,
+    as_json: bool,
+) -> bool:
+    """Run a study, print; True when no run failed."""
+    from slimbridge.report.study_table import print_study
+    from slimbridge.study import study
+
+    with bars() as shown:
+        found = study(plan, vary, backends=backends, output=folder, seeds=seeds, resume=resume, progress=shown)
+    if as_json:
+        _emit(found.model_dump(mode="json"))
+    else:
+        print_study(Console(), found)
+        _where(folder)
+    return not found.failed
+
+
 def compare_two(reference: Path, other: Path, output: Path | None, as_json: bool) -> bool:
     """Compare two run folders, print; True when nothing differs."""
     from slimbridge.multirun import compare_folders

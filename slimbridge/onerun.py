@@ -6,12 +6,12 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slimbridge import __version__
-from slimbridge.decisions import Decision, PruneDecision
+from slimbridge.decisions import Decision, PruneDecision, QuantizeDecision
 from slimbridge.deploy.latency import measure_latency
 from slimbridge.errors import FAILURES, ModelError, PlanError, RunError
 from slimbridge.files import locked
@@ -61,7 +61,7 @@ def change_form(backend: Backend, model: Model, decisions: Iterable[Decision]) -
     for decision in decisions:
         if isinstance(decision, PruneDecision):
             model = backend.remove_channels(model, decision)
-        elif decision.kind == "quantize":
+        elif isinstance(decision, QuantizeDecision):
             model = backend.insert_quant(model, decision)
     return model
 
@@ -117,6 +117,8 @@ class Run:
             loss=given.loss,
             checkpoint=folder.checkpoint,
             teacher=lambda: rebuild(side, side.clone(start), folder, "00-baseline"),
+            file=folder.file,
+            before=folder.before,
         )
         return cls(scene, folder, start)
 
@@ -146,7 +148,8 @@ class Run:
         before = sum(epoch.seconds for epoch in found.history) if found else 0.0
         started = time.perf_counter() - before
         digest = digest_of(backend.read(model))
-        outcome = run_stage(self.scene, name, stage, model)
+        earlier = self.folder.changes(stage_names(plan)[index - 1]) if index else ()
+        outcome = run_stage(replace(self.scene, decisions=tuple(earlier)), name, stage, model)
         seconds = time.perf_counter() - started
         weights = backend.read(outcome.model)
         kind = "baseline" if isinstance(stage, BaselineSection) else stage.kind
@@ -177,6 +180,8 @@ class Run:
             decision_digest=outcome.decision.digest() if outcome.decision else None,
             epochs=outcome.epochs,
             notes=outcome.notes,
+            sensitivity=outcome.sensitivity,
+            zeros=dict(outcome.zeros),
         )
 
     def _takes_one(self, model: Model) -> bool:

@@ -10,11 +10,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from slimbridge.decisions import PruneDecision
 from slimbridge.distill import Distiller, missing_paths
 from slimbridge.errors import FAILURES, SlimbridgeError, first_line
-from slimbridge.plan import DistillStage, FinetuneStage, Plan, PruneStage, QuantizeStage
+from slimbridge.plan import DistillStage, FinetuneStage, Plan, PruneStage, QuantizeStage, SparsifyStage
+from slimbridge.plan.registries import IMPORTANCES, as_importance
 from slimbridge.ports import Array, Backend, Model, tensors_in
 from slimbridge.prune import Pruner
+from slimbridge.prune.evidence import Evidence
+from slimbridge.prune.native import native_masks
+from slimbridge.prune.pruner import Basis
+from slimbridge.prune.sparsifier import Sparsifier
 from slimbridge.quantize import Quantizer
 from slimbridge.tasks import Data, Split, batches
 from slimbridge.tasks.data import check_classes
@@ -58,6 +64,7 @@ class Rehearsal:
     def __init__(self, backend: Backend, plan: Plan) -> None:
         self.backend, self.plan = backend, plan
         self.findings: list[str] = []
+        self.shapes: list[dict[str, tuple[int, ...]]] = []
 
     def run(self, model: Model, data: Data, task_loss: bool) -> None:
         """Go through the plan; see `rehearse`."""
@@ -80,7 +87,8 @@ class Rehearsal:
     def _learns_labels(self) -> bool:
         """Does any training of the plan look at labels?"""
         stages = self.plan.stages
-        trained = (self.plan.baseline.train, *(getattr(stage, "finetune", None) for stage in stages))
+        parts = ("finetune", "preparation", "gmp")
+        trained = (self.plan.baseline.train, *(getattr(stage, part, None) for stage in stages for part in parts))
         distilled = (Distiller(stage).needs_labels for stage in stages if isinstance(stage, DistillStage))
         return any(trained) or any(distilled) or any(isinstance(stage, FinetuneStage) for stage in stages)
 
@@ -96,16 +104,40 @@ class Rehearsal:
 
     def _stages(self, model: Model, example: tuple[Array, ...]) -> None:
         backend, student = self.backend, model
+        self.shapes.append({name: array.shape for name, array in backend.read(model).items()})
         for index, stage in enumerate(self.plan.stages):
             where = f"stages[{index}]"
             if isinstance(stage, PruneStage):
-                pruned = self.attempt(where, partial(Pruner(stage).prune, backend, student, example))
+                pruned = self.attempt(where, partial(self._prune, stage, student, example))
                 pruned = pruned or self._without_wrong_names(stage, student, example)
                 student = pruned[0] if pruned is not None else student
+            elif isinstance(stage, SparsifyStage):
+                self.attempt(where, partial(self._sparsify, stage, student, example))
             elif isinstance(stage, QuantizeStage):
                 self.attempt(where, partial(Quantizer(stage).chosen, backend.layers(student)))
             elif isinstance(stage, DistillStage):
                 self._distill(where, stage, student, model, example)
+            self.shapes.append({name: array.shape for name, array in backend.read(student).items()})
+
+    def _prune(self, stage: PruneStage, model: Model, example: tuple[Array, ...]) -> tuple[Model, PruneDecision]:
+        """Prune by the weights as they are: what is only known while the plan runs is left out."""
+        changes: dict[str, Any] = {"preparation": None}
+        if as_importance(IMPORTANCES.get(stage.importance)).needs != "weights":
+            changes |= {"importance": "l1_norm", "importance_options": {}, "rated": None}
+        if stage.sensitivity is not None or (stage.target is not None and stage.target.of == "latency"):
+            changes |= {"sensitivity": None, "target": None, "pruning_ratio": 0.5}
+        start = 0 if stage.relative_to == "initial" else stage.relative_to
+        basis = Basis(initial=self.shapes[start] if isinstance(start, int) else {})
+        return Pruner(stage.model_copy(update=changes), basis).prune(self.backend, model, example)
+
+    def _sparsify(self, stage: SparsifyStage, model: Model, example: tuple[Array, ...]) -> None:
+        if stage.engine == "native":
+            native_masks(stage, self.backend, model, example)
+            return
+        changes = {"importance": "magnitude", "importance_options": {}}
+        sparsifier = Sparsifier(stage.model_copy(update=changes), self.plan.seed)
+        graph = self.backend.trace(model, example)
+        sparsifier.decide(self.backend.layers(model), graph, self.backend.read(model), Evidence())
 
     def _without_wrong_names(self, stage: PruneStage, model: Model, example: tuple[Array, ...]) -> Any:
         """Prune once more without the patterns that match nothing, so that later stages can be looked at."""
@@ -114,7 +146,7 @@ class Rehearsal:
         if right == stage.ignored_layers:
             return None
         try:
-            return Pruner(stage.model_copy(update={"ignored_layers": right})).prune(self.backend, model, example)
+            return self._prune(stage.model_copy(update={"ignored_layers": right}), model, example)
         except SlimbridgeError:
             return None
 

@@ -8,6 +8,7 @@ them, so that what should be equal can be compared exactly.
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ from slimbridge.files import make_folder, write_file
 from slimbridge.graph import cost_of
 from slimbridge.onerun import digest_of_inputs, fingerprint, probe_inputs, rebuild
 from slimbridge.parity.replay_records import Replay, ReplayStage
-from slimbridge.plan import DistillStage, PruneStage, QuantizeStage
+from slimbridge.plan import DistillStage, PruneStage, QuantizeStage, SparsifyStage
+from slimbridge.plan.registries import ENTRY_IMPORTANCES, IMPORTANCES, as_importance
 from slimbridge.ports import Backend, Model
 from slimbridge.prune import Pruner
+from slimbridge.prune.sparsifier import masks_in_force
+from slimbridge.prune_stages import basis_for, decide_masks, replayable
 from slimbridge.quantize import integer_weights
 from slimbridge.rehearse import EXAMPLE, first_inputs
 from slimbridge.resolve import build_model, plan_data
 from slimbridge.runfolder import RunFolder, save_probe, stage_names
-from slimbridge.stages import calibration_inputs, decide_grids
-from slimbridge.tasks import Data, Split
+from slimbridge.stages import Scene, calibration_inputs, decide_grids
+from slimbridge.tasks import Data, Split, metrics
 from slimbridge.train import Progress, Quiet, outputs_of
 from slimbridge.weights import digest_of, save_weights
 
@@ -123,7 +127,7 @@ class _Replay:
         decision = None
         if index:
             stage = self.plan.stages[index - 1]
-            decision = self._decide(stage, self._model(names[index - 1]))
+            decision = self._decide(index, stage, self._model(names[index - 1]))
         if decision is not None:
             write_file(here / "decision.json", decision_to_json(decision))
         if isinstance(decision, QuantizeDecision):
@@ -135,9 +139,9 @@ class _Replay:
         macs = cost_of(self.backend.trace(model, self.example)).macs
         return ReplayStage(name=name, macs=macs, decided=decision is not None)
 
-    def _decide(self, stage: Any, model: Model) -> Decision | None:
-        if isinstance(stage, PruneStage):
-            return Pruner(stage).prune(self.backend, model, self.example)[1]
+    def _decide(self, index: int, stage: Any, model: Model) -> Decision | None:
+        if isinstance(stage, (PruneStage, SparsifyStage)):
+            return self._prune(index, stage, model) if self._repeatable(stage) else None
         if isinstance(stage, QuantizeStage):
             inputs = calibration_inputs(self.backend, self.data, self.plan.seed, stage)
             return decide_grids(self.backend, model, stage, inputs)
@@ -146,3 +150,31 @@ class _Replay:
             digest = digest_of(self.backend.read(teacher))
             return Distiller(stage).decide(self.backend, model, teacher, digest, self.example)
         return None
+
+    def _repeatable(self, stage: PruneStage | SparsifyStage) -> bool:
+        """Not where the decision rests on what is not in the run's folder: a training, times, a user's loss."""
+        registry: Any = IMPORTANCES if isinstance(stage, PruneStage) else ENTRY_IMPORTANCES
+        entry = registry.get(stage.importance)
+        needs = as_importance(entry).needs if isinstance(stage, PruneStage) else entry.needs
+        return replayable(stage) and (needs == "weights" or self.folder.facts().get("loss") is None)
+
+    def _prune(self, index: int, stage: PruneStage | SparsifyStage, model: Model) -> Decision:
+        names = stage_names(self.plan)
+        scene = Scene(
+            backend=self.backend,
+            plan=self.plan,
+            data=self.data,
+            metric=metrics.get("accuracy"),
+            progress=Quiet(),
+            example=self.example,
+            loss=None,
+            checkpoint=self.folder.checkpoint,
+            teacher=partial(self._model, names[0]),
+            file=self.folder.file,
+            before=self.folder.before,
+            decisions=tuple(self.folder.changes(names[index - 1])),
+        )
+        if isinstance(stage, SparsifyStage):
+            return decide_masks(scene, stage, model, masks_in_force(scene.decisions))
+        basis = basis_for(scene, stage, model, self.backend.trace(model, self.example))
+        return Pruner(stage, basis).prune(self.backend, model, self.example)[1]

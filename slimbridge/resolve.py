@@ -8,9 +8,11 @@ from typing import Any
 
 from slimbridge import zoo
 from slimbridge.errors import PlanError
-from slimbridge.plan import DistillStage, LossSection, ModelSection, Plan, QuantizeStage
-from slimbridge.plan.registries import LOSSES, OBSERVERS
+from slimbridge.plan import DistillStage, LossSection, ModelSection, Plan, PruneStage, QuantizeStage, SparsifyStage
+from slimbridge.plan.registries import ENTRY_IMPORTANCES, LOSSES, OBSERVERS
 from slimbridge.ports import Backend, Model
+from slimbridge.prune.presets import Definition
+from slimbridge.prune.sparsifier import Sparsifier
 from slimbridge.quantize import Quantizer
 from slimbridge.tasks import DATA_SETS, Data, load_data
 
@@ -21,7 +23,10 @@ def with_defaults(plan: Plan) -> Plan:
     Raises:
         SlimbridgeError: an observer's option does not exist. Unknown names elsewhere are left to those who use them.
     """
-    changes: dict[str, Any] = {"stages": tuple(_stage(stage) for stage in plan.stages)}
+    stages: list[Any] = []
+    for stage in plan.stages:
+        stages.extend(_rounds(_stage(stage), len(stages)))
+    changes: dict[str, Any] = {"stages": tuple(stages)}
     if plan.model is not None:
         entry = zoo.entry(plan.model.name)
         options = {**entry.options, **plan.model.options}
@@ -38,9 +43,57 @@ def _stage(stage: Any) -> Any:
         defaults = _defaults(OBSERVERS.get(stage.observer))
         Quantizer(stage).new_observer()  # refuses options that the observer does not have, before anything runs
         return stage.model_copy(update={"observer_options": {**defaults, **stage.observer_options}})
+    if isinstance(stage, PruneStage):
+        return _pruning(stage)
+    if isinstance(stage, SparsifyStage):
+        Sparsifier(stage, 0)  # likewise
+        known = _defaults(ENTRY_IMPORTANCES.get(stage.importance).score)
+        return stage.model_copy(update={"importance_options": {**known, **stage.importance_options}})
     if isinstance(stage, DistillStage):
         return stage.model_copy(update={"losses": tuple(_loss(loss) for loss in stage.losses)})
     return stage
+
+
+def _pruning(stage: PruneStage) -> PruneStage:
+    """With the definitions that its preset or its importance leaves open written out."""
+    known = Definition.of(stage)
+    return stage.model_copy(
+        update={
+            "rated": known.rated,
+            "group_reduction": known.group_reduction,
+            "normalisation": known.normalisation,
+            "count_rule": known.count_rule,
+        }
+    )
+
+
+def _rounds(stage: Any, before: int) -> list[Any]:
+    """A stage of several steps as that many stages, each with its share of what is to go; any other as it is.
+
+    Args:
+        stage: of a plan.
+        before: the number of the stage that it follows.
+    """
+    count = stage.steps if isinstance(stage, (PruneStage, SparsifyStage)) else 1
+    if count == 1:
+        return [stage]
+    return [stage.model_copy(update=_round(stage, step / count, before, step == 1)) for step in range(1, count + 1)]
+
+
+def _round(stage: PruneStage | SparsifyStage, part: float, before: int, first: bool) -> dict[str, Any]:
+    """What is different in the round that leads to a part of the whole."""
+    changes: dict[str, Any] = {"steps": 1}
+    if isinstance(stage, SparsifyStage):
+        sparsity = stage.sparsity * part if stage.sparsity is not None else None
+        by_layer = {name: share * part for name, share in stage.layer_sparsity.items()}
+        return {**changes, "sparsity": sparsity, "layer_sparsity": by_layer}
+    start = {"current": before, "initial": 0}.get(str(stage.relative_to), stage.relative_to)
+    changes |= {"relative_to": start, "layer_ratios": {name: r * part for name, r in stage.layer_ratios.items()}}
+    if stage.pruning_ratio is not None:
+        changes["pruning_ratio"] = stage.pruning_ratio * part
+    if stage.target is not None:
+        changes["target"] = stage.target.model_copy(update={"remove": stage.target.remove * part})
+    return changes if first else {**changes, "preparation": None}
 
 
 def _loss(loss: LossSection) -> LossSection:

@@ -9,6 +9,7 @@
     ...
     start.safetensors    the weights that the run starts from, until its first stage is complete
     checkpoint-01-prune.safetensors    of the training that is under way
+    under-way/           what else the stage under way keeps: measured sensitivity curves, a choice by measured times
     report.json          once all stages are done
 
 A stage's folder appears at once, by renaming, when the stage is complete.
@@ -29,7 +30,7 @@ import numpy as np
 
 from slimbridge.decisions import Decision, DistillDecision, QuantizeDecision, decision_to_json, load_decision
 from slimbridge.errors import RunError
-from slimbridge.files import locked, write_file
+from slimbridge.files import locked, make_folder, write_file
 from slimbridge.plan import Plan, load_plan, plan_to_yaml
 from slimbridge.ports import Array, Backend, Model
 from slimbridge.report.records import RunReport, StageRecord
@@ -167,6 +168,12 @@ class RunFolder:
         """Checkpoint of a stage's training, there only while it is under way."""
         return self.path / f"checkpoint-{name}.safetensors"
 
+    def file(self, name: str) -> Path:
+        """A file that a stage keeps while it is under way, in a folder that is gone when the stage is complete."""
+        folder = self.path / "under-way"
+        make_folder(folder)
+        return folder / name
+
     def done(self, name: str) -> bool:
         """Is the stage complete?"""
         return (self.path / name).is_dir()
@@ -196,7 +203,9 @@ class RunFolder:
             raise RunError(f"{self.path / name}: cannot be written: {error.strerror or error}") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        self.checkpoint(name).unlink(missing_ok=True)
+        for checkpoint in self.path.glob(f"checkpoint-{name}*"):
+            checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(self.path / "under-way", ignore_errors=True)
         (self.path / START).unlink(missing_ok=True)
 
     def record(self, name: str) -> StageRecord:
@@ -260,6 +269,20 @@ class RunFolder:
         names = [name for name in stage_names(self.plan()) if name <= upto and self.done(name)]
         found = [self.decision(name) for name in names]
         return [decision for decision in found if decision is not None and not isinstance(decision, DistillDecision)]
+
+    def before(self, index: int | str) -> tuple[dict[str, tuple[int, ...]], dict[str, float] | None]:
+        """Shapes of the parameters after a complete stage, and what the model cost then; nothing for "current".
+
+        Args:
+            index: number of the stage, 0 is the baseline; or "current".
+        """
+        if not isinstance(index, int):
+            return {}, None
+        name = stage_names(self.plan())[index]
+        record = self.record(name)
+        shapes = {key: tuple(array.shape) for key, array in self.weights(name).items()}
+        costs = {"parameters": record.parameters, "macs": record.macs, "latency": record.latency.median_ms}
+        return shapes, costs
 
     def write_report(self, report: RunReport) -> None:
         """Write report.json."""

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from slimbridge.decisions import Decision, PruneDecision, QuantizeDecision, Skipped
+from slimbridge.curves import Sensitivity
+from slimbridge.decisions import Decision, QuantizeDecision, Skipped
 from slimbridge.distill import Distiller, hard_labels, terms
 from slimbridge.errors import listed
-from slimbridge.plan import BaselineSection, DistillStage, FinetuneStage, Plan, PruneStage, QuantizeStage, TrainSection
+from slimbridge.plan import (
+    BaselineSection,
+    DistillStage,
+    FinetuneStage,
+    Plan,
+    PruneStage,
+    QuantizeStage,
+    SparsifyStage,
+    TrainSection,
+)
 from slimbridge.ports import Array, Backend, Loss, Model, Pass, tensors_in
-from slimbridge.prune import Pruner
+from slimbridge.prune.sparsifier import masks_in_force
 from slimbridge.quantize import Quantizer
 from slimbridge.report.records import EpochRecord
 from slimbridge.resolve import zoo_model
 from slimbridge.tasks import Data, Split, batches, epoch_order
-from slimbridge.tasks.data import check_classes
+from slimbridge.tasks.data import Batch, check_classes
 from slimbridge.tasks.metrics import Metric
 from slimbridge.train import Progress, Training, derived_seed, evaluate, seed_all, train
-from slimbridge.train.loop import Objective
+from slimbridge.train.loop import BeforeStep, Objective
 from slimbridge.weights import digest_of, load_weights
 
 UserLoss = Callable[[Any, Any], Any]
@@ -35,8 +46,12 @@ class Scene:
         backend, plan, data, metric, progress: as the run was given them.
         example: inputs of one forward pass, batch 1.
         loss: the user's own loss on labels; None is the task's.
-        checkpoint: from a stage's name to the file of its training's checkpoint.
+        checkpoint: from a training's name to the file of its checkpoint.
         teacher: makes a new copy of the baseline with its weights.
+        file: from a name to a file that is gone when the stage is complete.
+        before: from the number of a stage (0 is the baseline) to the shapes of the parameters after it, and its
+            {"parameters", "macs", "latency"}; None gives nothing.
+        decisions: of the stages before, in order.
     """
 
     backend: Backend
@@ -48,6 +63,9 @@ class Scene:
     loss: UserLoss | None
     checkpoint: Callable[[str], Path]
     teacher: Callable[[], Model]
+    file: Callable[[str], Path]
+    before: Callable[[Any], tuple[Mapping[str, Sequence[int]], Mapping[str, float] | None]]
+    decisions: tuple[Decision, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,12 +76,24 @@ class Outcome:
     decision: Decision | None = None
     metric_before_training: float | None = None
     epochs: tuple[EpochRecord, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    sensitivity: Sensitivity | None = None
+    zeros: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def run_stage(scene: Scene, name: str, stage: Any, model: Model) -> Outcome:
     """Carry out one stage on a model, which may be changed in place."""
-    return _RUNNERS[type(stage)](scene, name, stage, model)
+    from slimbridge.prune_stages import prune_stage, sparsify_stage  # they are made of what is here
+
+    runners: dict[type, Callable[[Scene, str, Any, Model], Outcome]] = {
+        BaselineSection: _baseline,
+        PruneStage: prune_stage,
+        SparsifyStage: sparsify_stage,
+        DistillStage: _distill,
+        QuantizeStage: _quantize,
+        FinetuneStage: _finetune,
+    }
+    return runners[type(stage)](scene, name, stage, model)
 
 
 def _baseline(scene: Scene, name: str, stage: BaselineSection, model: Model) -> Outcome:
@@ -73,35 +103,17 @@ def _baseline(scene: Scene, name: str, stage: BaselineSection, model: Model) -> 
         notes = (f"starts from the weights in {Path(*Path(stage.weights).parts[-3:])}",)
     if stage.train is None:
         return Outcome(model, notes=notes)
-    model, epochs = _train(scene, name, stage.train, model, on_labels(scene, model))
+    model, epochs = train_stage(scene, name, stage.train, model, on_labels(scene, model))
     return Outcome(model, epochs=epochs, notes=notes)
 
 
 def _finetune(scene: Scene, name: str, stage: FinetuneStage, model: Model) -> Outcome:
-    model, epochs = _train(scene, name, stage.train, model, on_labels(scene, model))
+    model, epochs = train_stage(scene, name, stage.train, model, on_labels(scene, model))
     return Outcome(model, epochs=epochs)
 
 
-def _prune(scene: Scene, name: str, stage: PruneStage, model: Model) -> Outcome:
-    scene.progress.start(f"{name}: choosing channels", 1)
-    model, decision = Pruner(stage).prune(scene.backend, model, scene.example)
-    outcome = Outcome(model, decision, notes=_prune_notes(decision))
-    if stage.finetune is None:
-        return outcome
-    before = evaluate(scene.backend, model, scene.data.test, scene.metric, scene.progress)
-    model, epochs = _train(scene, name, stage.finetune, model, on_labels(scene, model))
-    return replace(outcome, model=model, metric_before_training=before, epochs=epochs)
-
-
-def _prune_notes(decision: PruneDecision) -> tuple[str, ...]:
-    layers = sum(len(group.layers) for group in decision.groups if group.removed)
-    removed = sum(len(group.removed) for group in decision.groups)
-    total = sum(group.channels for group in decision.groups)
-    line = f"{removed} of {total} channels removed; channel groups: {len(decision.groups)}, layers: {layers}"
-    return (line, *_skipped_notes(decision.skipped))
-
-
-def _skipped_notes(skipped: tuple[Skipped, ...]) -> tuple[str, ...]:
+def skipped_notes(skipped: tuple[Skipped, ...]) -> tuple[str, ...]:
+    """A line for each reason for which layers were left alone."""
     reasons: dict[str, list[str]] = {}
     for item in skipped:
         reasons.setdefault(item.reason, []).append(item.layer)
@@ -127,7 +139,7 @@ def _distill(scene: Scene, name: str, stage: DistillStage, model: Model) -> Outc
         return loss
 
     before = evaluate(backend, model, scene.data.test, scene.metric, scene.progress)
-    model, epochs = _train(scene, name, stage.train, model, objective, distiller.paths("student"))
+    model, epochs = train_stage(scene, name, stage.train, model, objective, distiller.paths("student"))
     return Outcome(model, decision, before, epochs)
 
 
@@ -139,19 +151,31 @@ def _teacher(scene: Scene, stage: DistillStage) -> Model:
     return scene.backend.write(model, load_weights(Path(str(stage.teacher.weights))))
 
 
-def calibration_inputs(backend: Backend, data: Data, seed: int, stage: QuantizeStage) -> list[tuple[Array, ...]]:
-    """The inputs that a quantize stage calibrates on: the same on every framework."""
+class Calibrated(Protocol):
+    """A stage that looks at training data before it decides."""
+
+    @property
+    def calibration_batches(self) -> int:
+        """How many."""
+
+    @property
+    def calibration_batch_size(self) -> int:
+        """Samples in each."""
+
+
+def calibration(backend: Backend, data: Data, seed: int, stage: Calibrated) -> list[Batch]:
+    """The training batches that a stage looks at: the same on every framework."""
     seed_all(backend, derived_seed(seed, "calibration"))
     source, size, count = data.train, stage.calibration_batch_size, stage.calibration_batches
     order = None
     if isinstance(source, Split):
         order = epoch_order(len(source), seed, "calibration")[: size * count]
-    found = []
-    for inputs, _ in batches(source, size, order):
-        found.append(inputs)
-        if len(found) == count:
-            break
-    return found
+    return list(islice(batches(source, size, order), count))
+
+
+def calibration_inputs(backend: Backend, data: Data, seed: int, stage: Calibrated) -> list[tuple[Array, ...]]:
+    """Their inputs."""
+    return [inputs for inputs, _ in calibration(backend, data, seed, stage)]
 
 
 def _quantize(scene: Scene, name: str, stage: QuantizeStage, model: Model) -> Outcome:
@@ -184,7 +208,7 @@ def _quantize_notes(decision: QuantizeDecision, layers: Any, found: int) -> tupl
         f"{len(decision.weights)} of {candidates} convolution and linear layers quantized, {found} calibration batches"
     )
     speed = "int8 is simulated: weights are stored as int8, the model computes in float and is not faster"
-    return (line, speed, *_skipped_notes(decision.skipped))
+    return (line, speed, *skipped_notes(decision.skipped))
 
 
 def on_labels(scene: Scene, model: Model) -> Objective:
@@ -205,24 +229,39 @@ def on_labels(scene: Scene, model: Model) -> Objective:
     return objective
 
 
-def _train(
+def train_stage(
     scene: Scene,
     name: str,
     settings: TrainSection,
     model: Model,
     objective: Objective,
     capture: tuple[str, ...] = (),
+    before_step: BeforeStep | None = None,
+    masks: Mapping[str, Array] | None = None,
 ) -> tuple[Model, tuple[EpochRecord, ...]]:
+    """Train in place, under the masks that are in force.
+
+    Args:
+        scene: what every stage works with.
+        name: of the training: of its checkpoint and its data order.
+        settings: how to train.
+        model: trained in place.
+        objective: the loss of a batch.
+        capture: layer paths whose features the loss looks at.
+        before_step: see `Training`.
+        masks: in place of those that the stages before left.
+    """
+    held = masks_in_force(scene.decisions) if masks is None else masks
     training = Training(
-        settings, scene.data.train, objective, scene.plan.seed, name, capture, scene.checkpoint(name), scene.progress
+        settings,
+        scene.data.train,
+        objective,
+        scene.plan.seed,
+        name,
+        capture,
+        scene.checkpoint(name),
+        scene.progress,
+        before_step,
+        held,
     )
     return train(scene.backend, model, training)
-
-
-_RUNNERS: dict[type, Callable[[Scene, str, Any, Model], Outcome]] = {
-    BaselineSection: _baseline,
-    PruneStage: _prune,
-    DistillStage: _distill,
-    QuantizeStage: _quantize,
-    FinetuneStage: _finetune,
-}

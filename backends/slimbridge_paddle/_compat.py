@@ -5,12 +5,15 @@ Importing this module imports Paddle for the first time, so that its noise is si
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,14 @@ def no_call_stacks() -> Iterator[None]:
         yield
     finally:
         traceback.extract_stack = original
+
+
+@contextmanager
+def quiet_capture() -> Iterator[None]:
+    """No warning that a symbolic value has no place (3.3's own attention asks it for one)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Tensor do not have 'place' interface for pir graph mode")
+        yield
 
 
 @contextmanager
@@ -163,3 +174,81 @@ class AdamW(paddle.optimizer.AdamW):
             return super()._append_optimize_op(block, param_and_grad)
         finally:
             self._weight_decay = decay
+
+
+@contextmanager
+def paddleslim_pruning() -> Iterator[Any]:
+    """The module `paddleslim.dygraph.prune`, quiet and with all that PaddleSlim 2.6.0 needs beside Paddle 3.3.
+
+    It is imported here and nowhere else, since that takes seconds; ModuleNotFoundError where it, or something that
+    it imports, is not installed.
+    """
+    with ExitStack() as shims:
+        shims.enter_context(quiet_paddleslim())
+        module = import_module("paddleslim.dygraph.prune")
+        for shim in (old_guard_name, old_representation, numpy_product):
+            shims.enter_context(shim())
+        yield module
+
+
+@contextmanager
+def quiet_paddleslim() -> Iterator[None]:
+    """No output of PaddleSlim 2.6.0: it prints, logs at INFO and WARNING, and imports what warns of its own age."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def old_guard_name() -> Iterator[None]:
+    """Paddle 3 took the underscores from `_to_static_mode_guard_`, which PaddleSlim 2.6.0 still calls by that name."""
+    base = paddle.base.dygraph.base
+    missing = not hasattr(base, "_to_static_mode_guard_")
+    if missing:
+        base._to_static_mode_guard_ = base.to_static_mode_guard
+    try:
+        yield
+    finally:
+        if missing:
+            del base._to_static_mode_guard_
+
+
+@contextmanager
+def old_representation() -> Iterator[None]:
+    """PaddleSlim 2.6.0 traces with the intermediate representation that Paddle had before 3.0.
+
+    When its trace fails it leaves the process in static mode; dynamic mode is put back.
+    """
+    tracing: Any = import_module("paddleslim.core.dygraph")
+    original = tracing._dy2prog
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with paddle.pir_utils.OldIrGuard():
+                return original(*args, **kwargs)
+        finally:
+            paddle.disable_static()
+
+    tracing._dy2prog = traced
+    try:
+        yield
+    finally:
+        tracing._dy2prog = original
+
+
+@contextmanager
+def numpy_product() -> Iterator[None]:
+    """NumPy 2 has no `np.product` any more; PaddleSlim 2.6.0 measures FPGM's distances with it."""
+    missing = not hasattr(np, "product")
+    if missing:
+        np.product = np.prod  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if missing:
+            del np.product  # type: ignore[attr-defined]

@@ -21,13 +21,15 @@ from slimbridge.ports import (
     Layer,
     Loss,
     Model,
+    NativeRequest,
+    NativeResult,
     Ops,
     Optimizer,
     OptimizerSettings,
     Pass,
     Tensor,
 )
-from slimbridge_paddle import names, quant, run, surgery, tensors, trace, train
+from slimbridge_paddle import names, native, quant, run, surgery, tensors, trace, train
 from slimbridge_paddle.nn import Namespace
 from slimbridge_paddle.ops import PaddleOps
 
@@ -49,6 +51,7 @@ class PaddleBackend:
             versions={name: found for name in _DISTRIBUTIONS if (found := _version(name))},
             devices=tensors.devices(),
             threads=int(paddle.get_flags([flag])[flag]),
+            native_engines=native.engines(),
         )
 
     def owns(self, model: object) -> bool:
@@ -145,6 +148,10 @@ class PaddleBackend:
     def reduce(self, model: Model, inputs: Sequence[Array], layers: Sequence[str]) -> dict[str, dict[str, float]]:
         """Extremes of layer inputs over one eval pass."""
         return quant.reduce_inputs(model, inputs, layers)
+
+    def native(self, model: Model, request: NativeRequest, inputs: Sequence[Array]) -> NativeResult:
+        """Let a pruner of PaddleSlim choose, on a copy."""
+        return native.choose(self.clone(model), request, inputs)
 
 
 def _version(distribution: str) -> str | None:

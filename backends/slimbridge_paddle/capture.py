@@ -13,7 +13,7 @@ from paddle.base.dygraph.base import switch_to_static_graph
 
 from slimbridge.errors import ModelError
 from slimbridge.ports import Array, tensors_in
-from slimbridge_paddle._compat import graph_tracing_guard, no_call_stacks
+from slimbridge_paddle._compat import graph_tracing_guard, no_call_stacks, quiet_capture
 from slimbridge_paddle.names import walk
 from slimbridge_paddle.quant import remove_quant
 from slimbridge_paddle.tensors import model_dtype
@@ -132,7 +132,8 @@ def _record(model: Any) -> dict[int, str]:
 def _direct(model: Any, specs: Sequence[tuple[list[int], str]]) -> Program:
     paths = _record(model)
     program, startup = paddle.static.Program(), paddle.static.Program()
-    with no_call_stacks(), paddle.static.program_guard(program, startup), graph_tracing_guard(program) as context:
+    guard = paddle.static.program_guard(program, startup)
+    with quiet_capture(), no_call_stacks(), guard, graph_tracing_guard(program) as context:
         inputs = tuple(paddle.static.data(f"input_{i}", shape, dtype) for i, (shape, dtype) in enumerate(specs))
         outputs = tuple(tensors_in(model(*inputs)))
     return Program(program, inputs, outputs, _tensors(context.get_params_with_values()), paths)

@@ -22,7 +22,7 @@ CONVS: tuple[Any, ...] = (paddle.nn.layer.conv._ConvNd,)
 TRANSPOSED_CONVS: tuple[Any, ...] = (paddle.nn.Conv1DTranspose, paddle.nn.Conv2DTranspose, paddle.nn.Conv3DTranspose)
 _STATISTICS = {"_mean": "running_mean", "_variance": "running_var"}
 _KINDS: tuple[tuple[tuple[Any, ...], str], ...] = (
-    (TRANSPOSED_CONVS, "unknown"),
+    (TRANSPOSED_CONVS, "conv_transpose"),
     (CONVS, "conv"),
     ((paddle.nn.Linear,), "linear"),
     (BATCH_NORMS, "batch_norm"),
@@ -59,6 +59,11 @@ class Entry:
     def trainable(self) -> bool:
         """Does an optimizer step it?"""
         return not self.tensor.stop_gradient
+
+    @property
+    def is_parameter(self) -> bool:
+        """Is it none of the buffers? (Paddle counts running statistics among the parameters.)"""
+        return isinstance(self.tensor, paddle.base.framework.EagerParamBase) and self.role not in _STATISTICS.values()
 
     def canonical(self, stored: Array) -> Array:
         """The stored layout -> the canonical one (and back: the conversion is its own inverse)."""

@@ -12,8 +12,35 @@ import paddle
 from slimbridge.errors import ModelError, listed
 from slimbridge.ports import Array, Loss, Pass, Tensor, tensors_in
 from slimbridge_paddle._compat import quiet_training
-from slimbridge_paddle.names import entries, find_layers
+from slimbridge_paddle.names import Entry, entries, find_layers
 from slimbridge_paddle.tensors import all_tensors, assign, copied, model_dtype, model_place, native
+
+
+class Parameters(Mapping[str, Tensor]):
+    """Canonical name -> parameter in canonical layout, differentiable; the model is read when one is asked for."""
+
+    def __init__(self, model: Any) -> None:
+        """Nothing is computed yet."""
+        self._model = model
+        self._known: dict[str, Entry] | None = None
+
+    def _entries(self) -> dict[str, Entry]:
+        if self._known is None:
+            self._known = {entry.name: entry for entry in entries(self._model) if entry.is_parameter}
+        return self._known
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The parameter itself or, where its layout differs, its transpose; KeyError for a name it has not."""
+        entry = self._entries()[name]
+        return paddle.transpose(entry.tensor, [1, 0]) if entry.transposed else entry.tensor
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in order of definition."""
+        return iter(self._entries())
+
+    def __len__(self) -> int:
+        """Number of parameters."""
+        return len(self._entries())
 
 
 @contextmanager
@@ -97,7 +124,7 @@ def run(model: Any, inputs: Sequence[Any], capture: Sequence[str]) -> Pass:
     absent = [path for path in capture if path not in features]
     if absent:
         raise ModelError(f"capture: {listed(absent)} did not run in the forward pass")
-    return Pass(output, features)
+    return Pass(output, features, Parameters(model))
 
 
 def _check_terms(terms: object) -> None:

@@ -7,8 +7,8 @@ the old weights as saved buffers, and takes seconds to import.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import paddle
@@ -16,7 +16,7 @@ import paddle
 from slimbridge.decisions import PruneDecision
 from slimbridge.errors import BackendError, ModelError, nearest
 from slimbridge.ports import Array
-from slimbridge_paddle.names import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Entry, entries
+from slimbridge_paddle.names import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Entry, entries, find_layers, walk
 from slimbridge_paddle.tensors import assign, copied
 from slimbridge_paddle.train import PaddleOptimizer
 
@@ -35,13 +35,54 @@ def remove_channels(model: Any, decision: PruneDecision, optimizer: object | Non
         if name not in table:
             raise ModelError(f"remove_channels: the model has no parameter '{name}'{nearest(name, table)}")
         _check(table[name], axes, decision.sizes.get(name))
-    cut = {}
+    changes = [*_new_sizes(model, {id(table[name].tensor): table[name] for name in decision.kept}, decision)]
+    changes.extend(_new_heads(model, decision.heads))
     for name, axes in decision.kept.items():
         _slice(table[name], axes, optimizer)
-        cut[id(table[name].tensor)] = table[name]
-    for layer in model.sublayers(include_self=True):
-        if any(id(tensor) in cut for tensor in layer._parameters.values()):
-            refresh(layer)
+    for layer, attributes in changes:
+        layer.__dict__.update(attributes)
+
+
+def _new_sizes(
+    model: Any, cut: Mapping[int, Entry], decision: PruneDecision
+) -> Iterator[tuple[Any, dict[str, object]]]:
+    """Each layer that loses channels, with its new attributes."""
+    done: set[int] = set()
+    for path, layer in walk(model):
+        if id(layer) in done or not any(id(tensor) in cut for tensor in layer._parameters.values()):
+            continue
+        done.add(id(layer))
+        shapes = {}
+        for attribute, tensor in layer._parameters.items():
+            if tensor is not None:
+                entry = cut.get(id(tensor))
+                kept = {} if entry is None else decision.kept[entry.name]
+                flipped = entry is not None and entry.transposed
+                shapes[attribute] = tuple(
+                    len(kept.get(1 - axis if flipped else axis, range(int(size))))
+                    for axis, size in enumerate(tensor.shape)
+                )
+        yield layer, {name: value for name, value in _attributes(layer, shapes, path).items() if hasattr(layer, name)}
+
+
+def _new_heads(model: Any, heads: Mapping[str, tuple[int, int]]) -> Iterator[tuple[Any, dict[str, object]]]:
+    """Each layer that loses attention heads, with the attributes that hold their number."""
+    for path, layer in find_layers(model, tuple(heads), "remove_channels").items():
+        old, new = heads[path]
+        found = [
+            name
+            for name, value in layer.__dict__.items()
+            if type(value) is int
+            and value == old
+            and "head" in name.lower()
+            and not any(word in name.lower() for word in ("dim", "size", "channels"))
+        ]
+        if not found:
+            raise ModelError(
+                f"remove_channels: '{path}' loses heads ({old} -> {new}), but has no integer attribute that is {old} "
+                "and whose name contains 'head'"
+            )
+        yield layer, dict.fromkeys(found, new)
 
 
 def _check(entry: Entry, axes: Mapping[int, tuple[int, ...]], size: tuple[int, ...] | None) -> None:
@@ -71,51 +112,62 @@ def _slice(entry: Entry, axes: Mapping[int, tuple[int, ...]], optimizer: PaddleO
     assign(entry.tensor, cut(copied(entry.tensor)))
 
 
-def refresh(layer: Any) -> None:
-    """Set the sizes that a layer keeps beside its parameters to what the parameters say."""
-    if isinstance(layer, TRANSPOSED_CONVS):
-        channels, outputs = (int(size) for size in layer.weight.shape[:2])
-        layer._in_channels, layer._out_channels = channels, outputs * layer._groups
-    elif isinstance(layer, CONVS):
-        _refresh_conv(layer)
-    elif isinstance(layer, BATCH_NORMS):
-        _set(layer, int(layer._mean.shape[0]), "_num_features")
-    elif isinstance(layer, paddle.nn.Linear):
-        _set(layer, int(layer.weight.shape[0]), "in_features", "_in_features")
-        _set(layer, int(layer.weight.shape[1]), "out_features", "_out_features")
-    elif isinstance(layer, paddle.nn.LayerNorm):
-        known = layer.weight if layer.weight is not None else layer.bias
-        layer._normalized_shape = [int(size) for size in known.shape]
-    elif isinstance(layer, paddle.nn.GroupNorm):
-        known = layer.weight if layer.weight is not None else layer.bias
-        _set(layer, int(known.shape[0]), "_num_channels")
-    elif isinstance(layer, paddle.nn.Embedding):
-        _set(layer, int(layer.weight.shape[0]), "_num_embeddings")
-        _set(layer, int(layer.weight.shape[1]), "_embedding_dim")
-        _set(layer, [int(size) for size in layer.weight.shape], "_size")
-    elif isinstance(layer, paddle.nn.PReLU):
-        _set(layer, int(layer._weight.shape[0]), "_num_parameters")
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
-def _set(layer: Any, value: object, *attributes: str) -> None:
-    """Set those of the attributes that this release's layer has."""
-    for attribute in attributes:
-        if hasattr(layer, attribute):
-            setattr(layer, attribute, value)
+def _attributes(layer: Any, shapes: Shapes, path: str) -> dict[str, object]:
+    """The sizes that a layer keeps beside its parameters, when these (attribute -> stored shape) will have shapes.
+
+    Raises:
+        ModelError: channels that do not divide into the layer's groups.
+    """
+    first = next(iter(shapes.values()))
+    weight = shapes.get("weight", first)
+    if isinstance(layer, (*TRANSPOSED_CONVS, *CONVS)):
+        return _conv_attributes(layer, weight, path)
+    if isinstance(layer, BATCH_NORMS):
+        return {"_num_features": first[0]}
+    if isinstance(layer, paddle.nn.Linear):
+        sizes = {"in_features": weight[0], "out_features": weight[1]}
+        return {**sizes, **{f"_{name}": size for name, size in sizes.items()}}
+    if isinstance(layer, paddle.nn.LayerNorm):
+        if len(layer._normalized_shape) > 1:
+            raise ModelError(f"remove_channels: '{path}' normalises over several axes; it must keep its channels")
+        return {"_normalized_shape": list(weight)}
+    if isinstance(layer, paddle.nn.GroupNorm):
+        groups = layer._num_groups * weight[0] / layer._num_channels
+        if groups != int(groups):
+            old = f"{layer._num_channels} channels in {layer._num_groups} groups"
+            raise ModelError(f"remove_channels: '{path}' has {old}; {weight[0]} channels are no whole groups")
+        return {"_num_channels": weight[0], "_num_groups": int(groups)}
+    if isinstance(layer, paddle.nn.Embedding):
+        return {"_num_embeddings": weight[0], "_embedding_dim": weight[1], "_size": list(weight)}
+    return {"_num_parameters": first[0]} if isinstance(layer, paddle.nn.PReLU) else {}
 
 
-def _refresh_conv(layer: Any) -> None:
+def _conv_attributes(layer: Any, weight: tuple[int, ...], path: str) -> dict[str, object]:
     """A depthwise convolution keeps its outputs per group; any other keeps its number of groups.
 
-    The attributes still tell what the layer was: a grouped convolution may be down to one input per group by now.
+    The attributes still tell what the layer was: a grouped convolution may be down to one input per group.
     """
-    outputs, per_group = (int(size) for size in layer.weight.shape[:2])
-    if layer._in_channels == layer._groups > 1:
-        layer._groups = outputs // (layer._out_channels // layer._groups)
-    layer._out_channels, layer._in_channels = outputs, per_group * layer._groups
-    if layer._op_type in ("conv2d", "depthwise_conv2d"):  # Paddle chooses the kernel once, in the constructor
-        inputs = layer._in_channels
-        depthwise = inputs == layer._groups and inputs != 1 and outputs % inputs == 0
-        layer._op_type = "depthwise_conv2d" if depthwise else "conv2d"
+    transposed, groups = isinstance(layer, TRANSPOSED_CONVS), int(layer._groups)
+    if layer._in_channels == groups > 1:
+        multiplier = layer._out_channels // groups
+        rest = 0 if transposed else weight[0] % multiplier
+        groups = weight[0] if transposed else weight[0] // multiplier
+    else:
+        rest = weight[0] % groups
+    if rest:
+        raise ModelError(
+            f"remove_channels: '{path}' would have {weight[0]} {'inputs' if transposed else 'outputs'}, which do not "
+            f"divide into its {layer._groups} groups"
+        )
+    inputs, outputs = (weight[0], weight[1] * groups) if transposed else (weight[1] * groups, weight[0])
+    found: dict[str, object] = {"_in_channels": inputs, "_out_channels": outputs, "_groups": groups}
+    if not transposed and layer._op_type in ("conv2d", "depthwise_conv2d"):
+        # Paddle chooses the kernel once, in the constructor.
+        depthwise = inputs == groups and inputs != 1 and outputs % inputs == 0
+        found["_op_type"] = "depthwise_conv2d" if depthwise else "conv2d"
         if paddle.device.is_compiled_with_cuda():
-            layer._use_cudnn = not depthwise
+            found["_use_cudnn"] = not depthwise
+    return found

@@ -15,6 +15,7 @@ from slimbridge_paddle import (
     trace_layers,  # noqa: F401  (registers its handlers)
     trace_moves,  # noqa: F401  (likewise)
     trace_ops,
+    trace_products,  # noqa: F401  (likewise)
 )
 from slimbridge_paddle.capture import Program, capture
 from slimbridge_paddle.names import Entry, entries

@@ -1,4 +1,4 @@
-"""Paddle's operations with weights -> layer nodes: convolutions, linear layers and normalisations."""
+"""Paddle's convolutions and normalisations -> layer nodes."""
 
 from __future__ import annotations
 
@@ -16,26 +16,57 @@ if TYPE_CHECKING:
 @handles("conv2d", "depthwise_conv2d", "conv3d")
 def _conv(builder: Builder, call: Call) -> list[Ref]:
     attrs = channels_first(call)
-    weight = call.operand(1)
-    if not isinstance(weight, Stored) or weight.entry is None or not weight.reshaped_only:
-        raise Unsupported  # a computed weight
-    if weight.shape[:2] != weight.entry.shape[:2]:
-        raise Unsupported  # a weight whose channel axes were rearranged
+    weight, entry = _kernel(call)
     source = builder.tensor(call.operand(0))
-    kernel, channels = weight.shape[2:], builder.shapes[source][1]
-    if channels != weight.shape[1] * int(attrs["groups"]):  # Paddle itself notices only when it computes
-        raise ModelError(
-            f"trace: layer '{builder.path}' takes {weight.shape[1] * int(attrs['groups'])} channels, "
-            f"its input has {channels}"
-        )
+    groups = int(attrs["groups"])
+    _check_channels(builder, source, weight.shape[1] * groups)
     made = builder.one(
-        "conv", (source,), call.shape, {"weight": weight.entry.name},
-        groups=int(attrs["groups"]), transposed=False, stride=_tuple(attrs["strides"]),
-        padding=_padding(attrs, builder.shapes[source][2:], call.shape[2:], kernel),
+        "conv", (source,), call.shape, {"weight": entry.name},
+        groups=groups, transposed=False, stride=_tuple(attrs["strides"]),
+        padding=_padding(attrs, builder.shapes[source][2:], call.shape[2:], weight.shape[2:]),
         dilation=_tuple(attrs["dilations"]),
     )  # fmt: skip
-    _may_fold(builder, call, made)
+    may_fold(builder, call, made)
     return [Active(made)]
+
+
+@handles("conv2d_transpose", "depthwise_conv2d_transpose", "conv3d_transpose")
+def _conv_transpose(builder: Builder, call: Call) -> list[Ref]:
+    """Weight (in, out / groups, ...); the output's padding is what its size says beyond the smallest."""
+    attrs = channels_first(call)
+    weight, entry = _kernel(call)
+    source = builder.tensor(call.operand(0))
+    _check_channels(builder, source, weight.shape[0])
+    small, large, kernel = builder.shapes[source][2:], call.shape[2:], weight.shape[2:]
+    stride, dilation = _tuple(attrs["strides"]), _tuple(attrs["dilations"])
+    padding = _padding(attrs, large, small, kernel)
+    both = padding if len(padding) > len(small) else tuple(side for side in padding for _ in range(2))
+    sizes = zip(small, large, kernel, stride, dilation, both[::2], both[1::2], strict=True)
+    extra = tuple(out - ((n - 1) * s - a - b + d * (k - 1) + 1) for n, out, k, s, d, a, b in sizes)
+    made = builder.one(
+        "conv", (source,), call.shape, {"weight": entry.name},
+        groups=int(attrs["groups"]), transposed=True, stride=stride, padding=padding, dilation=dilation,
+        **({"output_padding": extra} if any(extra) else {}),
+    )  # fmt: skip
+    may_fold(builder, call, made)
+    return [Active(made)]
+
+
+def _kernel(call: Call) -> tuple[Stored, Entry]:
+    """The weight of a convolution; Unsupported where it is computed or its channel axes were rearranged."""
+    weight = call.operand(1)
+    if not isinstance(weight, Stored) or weight.entry is None or not weight.reshaped_only:
+        raise Unsupported
+    if weight.shape[:2] != weight.entry.shape[:2]:
+        raise Unsupported
+    return weight, weight.entry
+
+
+def _check_channels(builder: Builder, source: int, wanted: int) -> None:
+    """Paddle itself notices only when it computes."""
+    channels = builder.shapes[source][1]
+    if channels != wanted:
+        raise ModelError(f"trace: layer '{builder.path}' takes {wanted} channels, its input has {channels}")
 
 
 def _tuple(values: Any) -> tuple[int, ...]:
@@ -59,43 +90,10 @@ def _padding(
     return given
 
 
-def _may_fold(builder: Builder, call: Call, made: int) -> None:
+def may_fold(builder: Builder, call: Call, made: int) -> None:
     """Let the next operation add a bias, if nothing else reads the result."""
     if builder.uses.get(call.results[0].id, 0) == 1:
         builder.foldable[made] = len(builder.nodes) - 1
-
-
-@handles("matmul", "bmm")
-def _matmul(builder: Builder, call: Call) -> list[Ref]:
-    """A linear layer where a stored matrix is on the right, else a product of two tensors."""
-    left, right = call.operands
-    attrs = call.attrs
-    swap_left, swap_right = bool(attrs.get("transpose_x", False)), bool(attrs.get("transpose_y", False))
-    weight = _matrix(right)
-    # The canonical layout is (out, in) exactly when one of the two transpositions takes place.
-    if isinstance(left, Active) and weight is not None and not swap_left and weight.transposed != swap_right:
-        made = builder.one("linear", (left.tensor,), call.shape, {"weight": weight.name})
-        _may_fold(builder, call, made)
-        return [Active(made)]
-    inputs = (_swapped(builder, left, swap_left), _swapped(builder, right, swap_right))
-    return [Active(builder.one("matmul", inputs, call.shape))]
-
-
-def _matrix(ref: Ref | None) -> Entry | None:
-    """The parameter, if it is one with two axes and nothing was done to it."""
-    plain = isinstance(ref, Stored) and not ref.steps and len(ref.origin) == 2
-    return ref.entry if plain and isinstance(ref, Stored) else None
-
-
-def _swapped(builder: Builder, ref: Ref | None, swap: bool) -> int:
-    """The tensor, its last two axes exchanged on demand."""
-    tensor = builder.tensor(ref)
-    shape = builder.shapes[tensor]
-    if not swap or len(shape) < 2:
-        return tensor
-    rank = len(shape)
-    perm = (*range(rank - 2), rank - 1, rank - 2)
-    return builder.one("transpose", (tensor,), tuple(shape[axis] for axis in perm), perm=perm)
 
 
 @handles("batch_norm")

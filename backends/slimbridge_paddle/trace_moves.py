@@ -28,7 +28,7 @@ def _split(builder: Builder, call: Call) -> list[Ref]:
     return [Bundle(tuple(Active(item) for item in made))]
 
 
-@handles("unbind")
+@handles("unbind", "unstack")
 def _unbind(builder: Builder, call: Call) -> list[Ref]:
     """Pieces of size one, their axis dropped."""
     shapes = _shapes(call.results[0])
@@ -129,6 +129,39 @@ def _tile(builder: Builder, call: Call) -> list[Ref]:
             made = builder.one("expand", (made,), shape)
         else:
             made = builder.one("concat", (made,) * (new // old), shape, axis=axis)
+    return [Active(made)]
+
+
+@handles("roll")
+def _roll(builder: Builder, call: Call) -> list[Ref]:
+    """Both ends of each axis that is rolled, exchanged."""
+    made = builder.tensor(call.operand(0))
+    shape, axes = call.shape, call.attrs["axis"]
+    if not axes:
+        raise Unsupported  # rolled as if it had one axis
+    for given, shift in zip(axes, call.integers(1), strict=True):
+        axis = int(given) % len(shape)
+        cut = -shift % shape[axis]
+        ends = [_piece(builder, made, axis, *ends) for ends in ((cut, shape[axis]), (0, cut)) if ends[0] < ends[1]]
+        made = builder.one("concat", ends, shape, axis=axis) if len(ends) > 1 else made
+    return [Active(made)]
+
+
+def _piece(builder: Builder, tensor: int, axis: int, start: int, stop: int) -> int:
+    shape = list(builder.shapes[tensor])
+    if (start, stop) == (0, shape[axis]):
+        return tensor
+    shape[axis] = stop - start
+    return builder.one("slice", (tensor,), tuple(shape), axis=axis, start=start, stop=stop, step=1)
+
+
+@handles("masked_fill")
+def _masked_fill(builder: Builder, call: Call) -> list[Ref]:
+    """The tensor meets the mask, then the filling where that is a tensor."""
+    made = builder.tensor(call.operand(0))
+    for ref in call.operands[1:]:
+        if not isinstance(ref, Literal) or prod(ref.shape) > 1:
+            made = builder.one("binary", (made, builder.tensor(ref)), call.shape, op="where")
     return [Active(made)]
 
 

@@ -249,3 +249,15 @@ def _pixel_shuffle(builder: Builder, call: Call) -> list[Ref]:
     swapped = (count, channels, height, factor, width, factor)
     made = builder.one("transpose", (made,), swapped, perm=(0, 1, 4, 2, 5, 3))
     return [Active(builder.one("reshape", (made,), call.shape))]
+
+
+@handles("pixel_unshuffle")
+def _pixel_unshuffle(builder: Builder, call: Call) -> list[Ref]:
+    factor = int(channels_first(call)["downscale_factor"])
+    source = builder.tensor(call.operand(0))
+    count, channels = builder.shapes[source][:2]
+    height, width = call.shape[2:]
+    made = builder.one("reshape", (source,), (count, channels, height, factor, width, factor))
+    swapped = (count, channels, factor, factor, height, width)
+    made = builder.one("transpose", (made,), swapped, perm=(0, 1, 3, 5, 2, 4))
+    return [Active(builder.one("reshape", (made,), call.shape))]

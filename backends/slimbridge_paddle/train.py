@@ -14,7 +14,7 @@ from slimbridge.ports import Array, Loss, OptimizerSettings
 from slimbridge_paddle._compat import AdamW, Momentum, corrected_statistic, quiet_training
 from slimbridge_paddle.names import BATCH_NORMS, Entry, entries
 from slimbridge_paddle.run import hooked, mode, run, summed
-from slimbridge_paddle.tensors import assign, copied, dtype_name, replace_data
+from slimbridge_paddle.tensors import assign, copied, dtype_name, place_of, replace_data
 
 _POWERS = ("beta1_pow_acc", "beta2_pow_acc")
 
@@ -40,6 +40,7 @@ class PaddleOptimizer:
         self._native = _native([entry.tensor for entry in self._entries.values()], settings)
         self._slots = _slots(settings)
         self._steps = dict.fromkeys(self._entries, 0)
+        self._masks: dict[str, Any] = {}
         self._ready = False
 
     def set_lr(self, lr: float) -> None:
@@ -65,12 +66,29 @@ class PaddleOptimizer:
         stepped = [name for name, entry in self._entries.items() if entry.tensor.grad is not None]
         with _plain([entry.tensor for entry in self._entries.values()]):
             self._native.step()
+        with paddle.no_grad():
+            for name, mask in self._masks.items():
+                tensor = self._entries[name].tensor
+                paddle.assign(paddle.where(mask, tensor, paddle.zeros_like(tensor)), output=tensor)
         for name in stepped:
             self._steps[name] += 1
 
+    def hold_zeros(self, masks: Mapping[str, Array]) -> None:
+        """Zero the entries whose mask is False after each step; see `slimbridge.ports.Optimizer.hold_zeros`."""
+        for name, mask in masks.items():
+            if name not in self._entries:
+                raise ModelError(f"hold_zeros: no trainable parameter '{name}'{nearest(name, self._entries)}")
+            if np.shape(mask) != self._entries[name].shape:
+                shape = self._entries[name].shape
+                raise ModelError(f"hold_zeros: '{name}' has shape {shape}, its mask {np.shape(mask)}")
+        self._masks = {
+            name: _mask(self._entries[name].canonical(np.asarray(mask)), self._entries[name])
+            for name, mask in masks.items()
+        }
+
     def _check(self, entry: Entry) -> None:
-        for slot in self._slots:
-            tensor = self._slot(entry, slot)
+        mask = {"mask": self._masks.get(entry.name)}
+        for slot, tensor in (*((slot, self._slot(entry, slot)) for slot in self._slots), *mask.items()):
             if tensor is not None and list(tensor.shape) != list(entry.tensor.shape):
                 raise ModelError(
                     f"optimizer: '{entry.name}/{slot}' has shape {list(tensor.shape)}, its parameter "
@@ -125,11 +143,18 @@ class PaddleOptimizer:
                     assign(self._slot(entry, slot), _power(beta, self._steps[name] + 1, dtype))
 
     def slice(self, entry: Entry, cut: Callable[[Array], Array]) -> None:
-        """Cut the slots of one parameter as the parameter was cut; `cut` takes and gives the stored layout."""
+        """Cut the slots and the mask of a parameter as it was cut itself; `cut` takes and gives the stored layout."""
         for slot in self._slots:
             tensor = self._slot(entry, slot) if entry.name in self._entries else None
             if tensor is not None:
                 assign(tensor, cut(copied(tensor)))
+        if entry.name in self._masks:
+            self._masks[entry.name] = _mask(cut(copied(self._masks[entry.name])), entry)
+
+
+def _mask(keep: Array, entry: Entry) -> Any:
+    """A mask in the stored layout, on the parameter's device."""
+    return paddle.to_tensor(np.ascontiguousarray(keep, bool).reshape(keep.shape), place=place_of(entry.tensor))
 
 
 def _power(beta: float, count: int, dtype: str) -> Array:

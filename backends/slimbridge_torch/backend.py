@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -22,12 +21,15 @@ from slimbridge.ports import (
     DType,
     Layer,
     Loss,
+    NativeRequest,
+    NativeResult,
     Optimizer,
     OptimizerSettings,
     Pass,
     tensors_in,
 )
 from slimbridge_torch import names, quant, surgery
+from slimbridge_torch import native as toolkits
 from slimbridge_torch import nn as layer_names
 from slimbridge_torch import train as training
 from slimbridge_torch.ops import TorchOps
@@ -57,6 +59,7 @@ class TorchBackend:
             versions=versions,
             devices=_devices(),
             threads=torch.get_num_threads(),
+            native_engines=toolkits.engines(),
         )
 
     def owns(self, model: object) -> bool:
@@ -103,11 +106,7 @@ class TorchBackend:
         Raises:
             ModelError: a part of the model cannot be copied, or has no data yet.
         """
-        names.check_ready(model, "clone")
-        try:
-            return copy.deepcopy(model)
-        except (RuntimeError, TypeError) as error:
-            raise ModelError(f"clone: the model cannot be copied: {_uncopied(model, error)}") from error
+        return names.copied(model)
 
     def tensor(self, model: nn.Module, array: Array) -> Tensor:
         """A tensor of its own memory on the model's device.
@@ -186,6 +185,10 @@ class TorchBackend:
         """Extremes of the first input of each layer over one batch, as the layer is given it."""
         return quant.reduce_inputs(model, lambda: self.forward(model, inputs), layers)
 
+    def native(self, model: nn.Module, request: NativeRequest, inputs: Sequence[Array]) -> NativeResult:
+        """Let Torch-Pruning or torch.nn.utils.prune choose; see `native.native` for the errors."""
+        return toolkits.native(model, request, self._inputs(model, inputs))
+
     def _inputs(self, model: nn.Module, inputs: Sequence[Array | Tensor]) -> tuple[Tensor, ...]:
         return tuple(item if isinstance(item, torch.Tensor) else self.tensor(model, item) for item in inputs)
 
@@ -205,18 +208,6 @@ def _like(model: nn.Module) -> Tensor:
     """The model's first floating tensor, a float32 one on the CPU if it has none."""
     tensors = (t for held in (model.parameters(), model.buffers()) for t in held if t.is_floating_point())
     return next(tensors, torch.empty(0))
-
-
-def _uncopied(model: nn.Module, error: Exception) -> str:
-    """Why a deep copy failed, in one line."""
-    for path, module in model.named_modules():
-        for name, value in module.__dict__.items():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                return (
-                    f"'{name}' of layer '{path}' is a computed tensor that carries its gradient's history "
-                    f"(torch.nn.utils.weight_norm keeps one; torch.nn.utils.parametrizations.weight_norm does not)"
-                )
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _own(optimizer: Optimizer) -> training.TorchOptimizer:
@@ -282,4 +273,4 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...], capture: Sequence[str]) -
     silent = [path for path in capture if path not in features]
     if silent:
         raise ModelError(f"capture: layer '{silent[0]}' did not run in the forward pass")
-    return Pass(output, {path: features[path] for path in capture})
+    return Pass(output, {path: features[path] for path in capture}, names.Parameters(model))

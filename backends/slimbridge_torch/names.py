@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ Tensor = Any
 
 _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
+    ((nn.modules.conv._ConvTransposeNd,), "conv_transpose"),
     ((nn.Linear,), "linear"),
     ((nn.modules.batchnorm._BatchNorm,), "batch_norm"),
     ((nn.LayerNorm,), "layer_norm"),
@@ -59,6 +62,26 @@ def canonical(model: nn.Module) -> dict[str, Tensor]:
     return result
 
 
+class Parameters(Mapping[str, Tensor]):
+    """Canonical name -> trainable or frozen parameter, as it is in the model; found when the first is asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @cached_property
+    def _found(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in canonical(self._model).items() if isinstance(tensor, nn.Parameter)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
 def layers(model: nn.Module) -> tuple[Layer, ...]:
     """The modules that hold tensors of their own, in order of definition; roles are the attributes' names.
 
@@ -69,7 +92,7 @@ def layers(model: nn.Module) -> tuple[Layer, ...]:
     for path, module in model.named_modules():
         params = {role: names[id(tensor)] for role, tensor in own_tensors(module)}
         kind = kind_of(module)
-        if kind in ("conv", "linear") and "weight" not in params:
+        if kind in ("conv", "conv_transpose", "linear") and "weight" not in params:
             kind = "unknown"
         if params:
             found.append(Layer(path, kind, params))
@@ -103,6 +126,31 @@ def check_ready(model: nn.Module, purpose: str) -> None:
                 raise ModelError(f"{purpose}: '{name}' has no shape yet; run the model once first")
             if tensor.device.type == "meta":
                 raise ModelError(f"{purpose}: '{name}' is on the meta device and has no data; load the weights first")
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """An independent copy of a model.
+
+    Raises:
+        ModelError: a part of the model cannot be copied, or has no data yet.
+    """
+    check_ready(model, "clone")
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"clone: the model cannot be copied: {_uncopied(model, error)}") from error
+
+
+def _uncopied(model: nn.Module, error: Exception) -> str:
+    """Why a deep copy failed, in one line."""
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                return (
+                    f"'{name}' of layer '{path}' is a computed tensor that carries its gradient's history "
+                    f"(torch.nn.utils.weight_norm keeps one; torch.nn.utils.parametrizations.weight_norm does not)"
+                )
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def to_array(tensor: Tensor) -> Array:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
+from torch.nn import functional
 
 Tensor = Any
 
@@ -14,10 +17,19 @@ Module = nn.Module
 Sequential = nn.Sequential
 ModuleList = nn.ModuleList
 Conv2d = nn.Conv2d
+ConvTranspose2d = nn.ConvTranspose2d
 Linear = nn.Linear
 BatchNorm2d = nn.BatchNorm2d
+LayerNorm = nn.LayerNorm
+GroupNorm = nn.GroupNorm
 ReLU = nn.ReLU
 ReLU6 = nn.ReLU6
+LeakyReLU = nn.LeakyReLU
+GELU = nn.GELU
+SiLU = nn.SiLU
+Sigmoid = nn.Sigmoid
+Hardswish = nn.Hardswish
+Hardsigmoid = nn.Hardsigmoid
 MaxPool2d = nn.MaxPool2d
 AvgPool2d = nn.AvgPool2d
 AdaptiveAvgPool2d = nn.AdaptiveAvgPool2d
@@ -29,6 +41,26 @@ Identity = nn.Identity
 def relu(x: Tensor) -> Tensor:
     """Larger of x and 0."""
     return torch.relu(x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x))."""
+    return torch.sigmoid(x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """X times the normal distribution function of x, exact (no tanh approximation)."""
+    return functional.gelu(x)
+
+
+def softmax(x: Tensor, axis: int) -> Tensor:
+    """Softmax over one axis."""
+    return torch.softmax(x, dim=axis)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product over the last two axes, the others broadcast."""
+    return torch.matmul(a, b)
 
 
 def flatten(x: Tensor, start: int = 1) -> Tensor:
@@ -59,3 +91,18 @@ def transpose(x: Tensor, perm: Sequence[int]) -> Tensor:
 def mean(x: Tensor, axes: int | Sequence[int], keepdims: bool = False) -> Tensor:
     """Mean over axes."""
     return torch.mean(x, dim=axes if isinstance(axes, int) else tuple(axes), keepdim=keepdims)
+
+
+def upsample(x: Tensor, factor: int) -> Tensor:
+    """(N, C, H, W) -> (N, C, factor * H, factor * W): each entry repeated (nearest)."""
+    return functional.interpolate(x, scale_factor=factor, mode="nearest")
+
+
+def pad(x: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """Zeros around x: one (before, after) pair for each of the last axes."""
+    return functional.pad(x, [count for pair in reversed(tuple(pairs)) for count in pair])
+
+
+def parameter(array: ArrayLike) -> nn.Parameter:
+    """A trainable float32 array, to be set as an attribute of a Module."""
+    return nn.Parameter(torch.tensor(np.asarray(array, dtype=np.float32)))

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from slimbridge.decisions import PruneDecision
-from slimbridge.errors import ModelError, nearest
-from slimbridge_torch.names import canonical, own_tensors
+from slimbridge.errors import ModelError, listed, nearest
+from slimbridge_torch.names import canonical, find_modules, own_tensors
 from slimbridge_torch.train import TorchOptimizer
 
 Tensor = Any
@@ -29,6 +29,10 @@ def remove_channels(model: nn.Module, decision: PruneDecision, optimizer: TorchO
     for name, axes in decision.kept.items():
         _check(name, axes, decision, tensors)
     refreshes = _refreshes(model, {id(tensors[name]): axes for name, axes in decision.kept.items()})
+    modules = find_modules(model, tuple(decision.heads), "prune")
+    refreshes += [
+        partial(modules[path].__dict__.update, _heads(modules[path], path, *decision.heads[path])) for path in modules
+    ]
     if optimizer is not None:
         optimizer.check_covers(tensors)
     for name, axes in decision.kept.items():
@@ -89,23 +93,44 @@ def _refreshes(model: nn.Module, kept: Mapping[int, Axes]) -> list[Callable[[], 
     return found
 
 
+def _heads(module: nn.Module, path: str, before: int, after: int) -> dict[str, int]:
+    """Attribute -> value of a layer whose attention has fewer heads.
+
+    Raises:
+        ModelError: no integer attribute named after heads has the old number.
+    """
+    numbers = {name: value for name, value in module.__dict__.items() if type(value) is int and "head" in name.lower()}
+    counts = {name: value for name, value in numbers.items() if not any(word in name.lower() for word in _OF_SIZES)}
+    if before not in counts.values():
+        raise ModelError(
+            f"prune: layer '{path}' has no attribute for its {before} attention heads; "
+            f"an integer named after heads (num_heads, n_heads, ...) is needed, found {listed(counts)}"
+        )
+    return {name: after for name, value in counts.items() if value == before}
+
+
+_OF_SIZES = ("dim", "size", "channels")
+
+
 def _attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: str) -> dict[str, Any]:
     """Attribute -> value of a layer whose tensors get these shapes."""
     weight = shapes.get("weight", next(iter(shapes.values())))
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return _conv_attributes(module, weight, path)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return {"in_channels": weight[0], "out_channels": weight[1] * module.groups}
+        return _transposed_attributes(module, weight, path)
     if isinstance(module, nn.Linear):
         return {"in_features": weight[1], "out_features": weight[0]}
     if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
         return {"num_features": weight[0]}
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return {"normalized_shape": weight}
     if isinstance(module, nn.GroupNorm):
-        if weight[0] % module.num_groups:
-            raise ModelError(f"prune: '{path}' would keep {weight[0]} channels in {module.num_groups} groups")
-        return {"num_channels": weight[0]}
+        groups, rest = divmod(module.num_groups * weight[0], module.num_channels)
+        if rest:
+            before = f"{module.num_groups} groups of {module.num_channels // module.num_groups} channels"
+            raise ModelError(f"prune: '{path}' would keep {weight[0]} channels, no whole number of its {before}")
+        return {"num_channels": weight[0], "num_groups": groups}
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         first = shapes.get("weight_ih_l0", shapes.get("weight_ih"))
         return {"input_size": first[1]} if first else {}
@@ -125,3 +150,12 @@ def _conv_attributes(module: Any, weight: tuple[int, ...], path: str) -> dict[st
     elif out % groups:
         raise ModelError(f"prune: '{path}' would keep {out} outputs in {groups} groups")
     return {"in_channels": per_group * groups, "out_channels": out, "groups": groups}
+
+
+def _transposed_attributes(module: Any, weight: tuple[int, ...], path: str) -> dict[str, Any]:
+    groups = int(module.groups)
+    if groups > 1 and groups == module.in_channels:
+        groups = weight[0]
+    elif weight[0] % groups:
+        raise ModelError(f"prune: '{path}' would keep {weight[0]} inputs in {groups} groups")
+    return {"in_channels": weight[0], "out_channels": weight[1] * groups, "groups": groups}

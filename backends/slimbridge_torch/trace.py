@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as hooks
 
 from slimbridge.errors import ModelError
@@ -48,13 +49,13 @@ def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Graph:
     _check(model)
     recorder = Recorder(HANDLERS)
     try:
-        with _preserved(model), torch.no_grad():
+        with _preserved(model), torch.no_grad(), _plain_attention():
             ids = _by_dispatch(model, inputs, recorder)
     except (ModelError, *_FAILURES) as first:
         where = recorder.path
         recorder = Recorder(HANDLERS)
         try:
-            with _preserved(model), torch.no_grad(), _silent():
+            with _preserved(model), torch.no_grad(), _plain_attention(), silent():
                 ids = _by_export(model, inputs, recorder)
         except (ModelError, *_FAILURES) as second:
             raise _explained(first, second, where) from first
@@ -87,8 +88,8 @@ def _line(error: BaseException) -> str:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """torch.export warns, logs and prints what it could not follow; the error that is raised says it."""
+def silent() -> Iterator[None]:
+    """No warnings, logs or prints: torch.export and other toolkits tell more than their errors, which are raised."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -97,6 +98,18 @@ def _silent() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention as products and a softmax: no fused kernel, and no encoder layer in one operation."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

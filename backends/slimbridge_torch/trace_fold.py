@@ -1,4 +1,4 @@
-"""Folds what aten splits: a linear layer on the last axis of many, a bias added afterwards, unused constants."""
+"""Folds what aten splits: products over many axes, biases added afterwards, selections of every entry of an axis."""
 
 from __future__ import annotations
 
@@ -53,6 +53,38 @@ class _Folder:
         self.nodes[reader] = None
         self.maker[after.outputs[0]] = at
 
+    def unflatten_product(self, at: int) -> None:
+        """A product between reshapes that only merge and part its batch axes -> the product with those axes."""
+        node = self.nodes[at]
+        reader = self.only_reader(node.outputs[0]) if node else None
+        after = self.nodes[reader] if reader is not None else None
+        if node is None or reader is None or after is None or (after.kind, after.name) != ("reshape", node.name):
+            return
+        result = self.shapes[after.outputs[0]]
+        found = [self._before_merge(value, node.name, result[:-2]) for value in node.inputs]
+        sources = tuple(source for source in found if source is not None)
+        if result[-2:] != self.shapes[node.outputs[0]][-2:] or len(sources) < len(found):
+            return
+        for value, source in zip(node.inputs, sources, strict=True):
+            self.uses[value] -= 1
+            self.uses[source] += 1
+            self.reader[source] = at
+        for value, source in {*zip(node.inputs, sources, strict=True)}:
+            if not self.uses[value] and value not in self.outputs:
+                self.nodes[self.maker[value]] = None
+                self.uses[source] -= 1
+        self.nodes[at] = replace(node, inputs=sources, outputs=after.outputs)
+        self.nodes[reader] = None
+        self.maker[after.outputs[0]] = at
+
+    def _before_merge(self, value: int, name: str, batch: tuple[int, ...]) -> int | None:
+        """The value that a reshape of the same layer flattened the batch axes of."""
+        before = self.nodes[self.maker[value]]
+        if before is None or (before.kind, before.name) != ("reshape", name):
+            return None
+        shape = self.shapes[before.inputs[0]]
+        return before.inputs[0] if shape == (*batch, *self.shapes[value][-2:]) else None
+
     def add_bias(self, at: int) -> None:
         """A linear layer without bias and the addition of a vector parameter -> a linear layer with bias."""
         node = self.nodes[at]
@@ -74,6 +106,26 @@ class _Folder:
         self.nodes[reader] = None
         self.maker[add.outputs[0]] = at
 
+    def join_selects(self) -> None:
+        """Selections of each entry of an axis, as `q, k, v = qkv[0], qkv[1], qkv[2]` makes them -> one split."""
+        selects: dict[tuple[int, int], list[int]] = {}
+        for at, node in enumerate(self.nodes):
+            if node is not None and node.kind == "slice" and node.attrs["stop"] - node.attrs["start"] == 1:
+                selects.setdefault((node.inputs[0], int(node.attrs["axis"])), []).append(at)
+        for (value, axis), places in selects.items():
+            pieces = {int(node.attrs["start"]): node for at in places if (node := self.nodes[at]) is not None}
+            size = self.shapes[value][axis]
+            if len(places) != len(pieces) or len(pieces) != size or size == 1:
+                continue
+            first = self.nodes[places[0]]
+            if first is None:
+                continue
+            outputs = tuple(pieces[i].outputs[0] for i in range(size))
+            attrs = {"axis": axis, "sizes": (1,) * size}
+            self.nodes[places[0]] = replace(first, kind="split", outputs=outputs, attrs=attrs)
+            for at in places[1:]:
+                self.nodes[at] = None
+
     def drop_unused(self) -> None:
         """Constants, and other arrangements of constants, that nothing reads."""
         fixed: set[int] = set()
@@ -93,7 +145,7 @@ _ARRANGED = frozenset({"constant", "transpose", "reshape", "expand"})
 
 
 def fold(nodes: list[Node], shapes: Shapes, outputs: Collection[int]) -> tuple[Node, ...]:
-    """The nodes with linear layers whole and without unused constants.
+    """The nodes with linear layers whole, entries selected together, and without unused constants.
 
     Args:
         nodes: in order of execution.
@@ -106,5 +158,8 @@ def fold(nodes: list[Node], shapes: Shapes, outputs: Collection[int]) -> tuple[N
             folder.unflatten(at)
             folder.add_bias(at)
             folder.unflatten(at)
+        elif node.kind == "matmul":
+            folder.unflatten_product(at)
+    folder.join_selects()
     folder.drop_unused()
     return tuple(node for node in folder.nodes if node is not None)

@@ -47,14 +47,16 @@ def _roles(call: Call, tensors: Mapping[str, Tensor | None]) -> dict[str, str] |
 
 
 def _convolution(call: Call) -> Sequence[int] | None:
-    if call.arg("transposed", False):
-        return call.emit_many("unknown", _inputs(call), [call.outs[0].shape], op="conv_transpose")
     params = _roles(call, {"weight": call.arg("weight"), "bias": call.arg("bias")})
     if params is None:
         return None
-    sizes = {name: tuple(int(size) for size in call.arg(name)) for name in ("stride", "padding", "dilation")}
-    value = call.value(call.arg("input"))
-    return [call.emit("conv", [value], params=params, groups=int(call.arg("groups")), transposed=False, **sizes)]
+    attrs: dict[str, Any] = {"groups": int(call.arg("groups")), "transposed": bool(call.arg("transposed", False))}
+    for name in ("stride", "padding", "dilation"):
+        attrs[name] = tuple(int(size) for size in call.arg(name))
+    extra = tuple(int(size) for size in call.arg("output_padding", ()))
+    if any(extra):
+        attrs["output_padding"] = extra
+    return [call.emit("conv", [call.value(call.arg("input"))], params=params, **attrs)]
 
 
 def _inputs(call: Call) -> list[int]:

@@ -40,6 +40,7 @@ class TorchOptimizer:
         self._native = _native(list(self._parameters.values()), settings)
         self._slots = _slots(settings)
         self._ready = False
+        self._held: dict[str, Tensor] = {}  # name -> True where an entry stays 0
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next steps."""
@@ -60,6 +61,30 @@ class TorchOptimizer:
         if not self._ready:
             raise BackendError("optimizer: set_lr must be called before the first step")
         self._native.step()
+        with torch.no_grad():
+            for name, zero in self._held.items():
+                parameter = self._parameters[name]
+                parameter.masked_fill_(zero.to(parameter.device), 0)  # a product would keep NaN
+
+    def hold_zeros(self, masks: Mapping[str, Array]) -> None:
+        """After each step from now on, entries whose mask is False are 0; replaces an earlier call, {} lifts it.
+
+        Args:
+            masks: parameter's name -> bool array of its shape, True = trained as ever.
+
+        Raises:
+            ModelError: a name is no trainable parameter, a shape differs, or an array is not bool; nothing is changed.
+        """
+        held = {}
+        for name, mask in masks.items():
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                raise ModelError(f"hold_zeros: '{name}' is no trainable parameter{nearest(name, self._parameters)}")
+            if np.shape(mask) != tuple(parameter.shape) or np.asarray(mask).dtype != bool:
+                found = f"{np.asarray(mask).dtype} of shape {np.shape(mask)}"
+                raise ModelError(f"hold_zeros: '{name}': bool of shape {tuple(parameter.shape)} needed, found {found}")
+            held[name] = torch.tensor(~np.asarray(mask), device=parameter.device)
+        self._held = held
 
     def state(self) -> dict[str, Array]:
         """Slots as "<parameter>/<slot>" -> copy; "step" is a 0-d int64 array, the others have the parameter's shape."""
@@ -109,7 +134,10 @@ class TorchOptimizer:
                     raise ModelError(f"prune: optimizer slot '{slot}' of '{name}' has shape {found}")
 
     def slice_state(self, parameter: Tensor, take: Callable[[Tensor], Tensor]) -> None:
-        """Apply `take` to each slot of a parameter that has its shape."""
+        """Apply `take` to each slot of a parameter that has its shape, and to the mask of its zeros."""
+        for name, zero in self._held.items():
+            if self._parameters[name] is parameter:
+                self._held[name] = take(zero)
         for slot, value in self._shaped(parameter).items():
             self._native.state[parameter][slot] = take(value)
 

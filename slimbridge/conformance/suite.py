@@ -81,7 +81,16 @@ def run_conformance(backend: Backend, device: Device = "cpu") -> Iterator[Outcom
         device: "cpu" or "gpu".
     """
     # The modules register their cases when they are imported.
-    from slimbridge.conformance import models, operations, surgery, tracing, training  # noqa: F401
+    from slimbridge.conformance import (  # noqa: F401
+        layers,
+        masks,
+        models,
+        operations,
+        removals,
+        surgery,
+        tracing,
+        training,
+    )
 
     for name, function in CASES.items():
         try:

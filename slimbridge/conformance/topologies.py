@@ -196,6 +196,34 @@ def _grouped(nn: Any) -> Any:
     )
 
 
+def _transposed(nn: Any) -> Any:
+    return nn.Sequential(
+        conv_bn(nn, 3, WIDTH),
+        nn.GELU(),
+        nn.ConvTranspose2d(WIDTH, 2 * WIDTH, 2, stride=2, bias=False),
+        nn.BatchNorm2d(2 * WIDTH),
+        nn.LeakyReLU(0.1),
+        nn.ConvTranspose2d(2 * WIDTH, WIDTH, 3, padding=1, groups=2),
+        nn.Hardswish(),
+        nn.ConvTranspose2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH),
+        nn.Conv2d(WIDTH, WIDTH, 1),
+    )
+
+
+def _group_norm(nn: Any) -> Any:
+    return nn.Sequential(
+        nn.Conv2d(3, WIDTH, 3, padding=1),
+        nn.GroupNorm(4, WIDTH),
+        nn.SiLU(),
+        nn.Conv2d(WIDTH, 2 * WIDTH, 3, padding=1),
+        nn.GroupNorm(8, 2 * WIDTH),
+        nn.Sigmoid(),
+        nn.Conv2d(2 * WIDTH, WIDTH, 1),
+        nn.GroupNorm(1, WIDTH),
+        nn.Hardsigmoid(),
+    )
+
+
 @dataclass(frozen=True)
 class Topology:
     """A named net: `make_body` from a backend's layers, the width at the head, the head's form."""
@@ -232,5 +260,7 @@ TOPOLOGIES: tuple[Topology, ...] = (
     Topology("channel shuffle", lambda nn: make(nn, Shuffle), WIDTH),
     Topology("shared layer", lambda nn: make(nn, Shared), WIDTH),
     Topology("equal split", lambda nn: make(nn, Halves), WIDTH),
+    Topology("transposed", _transposed, WIDTH),
+    Topology("group norm", _group_norm, WIDTH),
     Topology("gates", lambda nn: make(nn, Gate), WIDTH),
 )

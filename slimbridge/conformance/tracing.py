@@ -14,6 +14,9 @@ _PLACES = SIZE * SIZE
 _MACS: dict[str, int] = {
     "chain": _PLACES * WIDTH * 27 + _PLACES // 4 * 2 * WIDTH * WIDTH * 9 + 2 * WIDTH * 5,
     "depthwise": _PLACES * (WIDTH * 27 + WIDTH * 9 + 2 * WIDTH * WIDTH + 4 * WIDTH * 9) + 4 * WIDTH * 5,
+    "transposed": _PLACES * WIDTH * (27 + 2 * WIDTH * 4)
+    + 4 * _PLACES * (2 * WIDTH * WIDTH // 2 * 9 + WIDTH * 9 + WIDTH * WIDTH)
+    + WIDTH * 5,
     "shared layer": _PLACES * (WIDTH * 27 + 2 * WIDTH * WIDTH * 9) + WIDTH * 5,
 }
 # Layers whose outputs are coupled, by hand; in graph order.
@@ -23,6 +26,8 @@ _GROUPS: dict[str, list[tuple[str, ...]]] = {
     "concat": [("body.right",), ("body.left.0",), ("body.last",)],
     "depthwise": [("body.0.0",), ("body.5",)],
     "shared layer": [("body.stem.0", "body.conv")],
+    "transposed": [("body.0.0",), ("body.2",), ("body.5",), ("body.8",)],
+    "group norm": [("body.0",), ("body.3",)],
     "gates": [("body.stem.0", "body.excite"), ("body.squeeze",)],
 }
 
@@ -61,6 +66,21 @@ def groups(bench: Bench) -> None:
         units = find_units(bench.backend.trace(topology(bench, name), [image(1)]))
         found = sorted(tuple(sorted(group.layers)) for group in units.groups() if group.units.size > 1)
         require(found == sorted(tuple(sorted(g)) for g in expected), f"{name}: groups {found}, expected {expected}")
+
+
+@case("trace: a transposed convolution says so")
+def transposed(bench: Bench) -> None:
+    """Its attributes, and its weight in the layout (in, out / groups, height, width)."""
+    graph = bench.backend.trace(topology(bench, "transposed"), [image(1)])
+    found = [(dict(node.attrs), graph.parameters[node.params["weight"]]) for node in graph.layer_nodes()[1:3]]
+    shared = {"transposed": True, "dilation": (1, 1)}
+    expected = [
+        ({**shared, "groups": 1, "stride": (2, 2), "padding": (0, 0)}, (WIDTH, 2 * WIDTH, 2, 2)),
+        ({**shared, "groups": 2, "stride": (1, 1), "padding": (1, 1)}, (2 * WIDTH, WIDTH // 2, 3, 3)),
+    ]
+    require(found == expected, f"found {found}, expected {expected}")
+    kinds = {layer.path: layer.kind for layer in bench.backend.layers(topology(bench, "transposed"))}
+    require(kinds["body.2"] == "conv_transpose", f"the layer's kind is '{kinds['body.2']}'")
 
 
 @case("trace: the model is left as it was")

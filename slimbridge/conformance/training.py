@@ -35,7 +35,7 @@ def softmax_gradient(weight: Array, bias: Array, x: Array, labels: Array) -> dic
     return {"weight": error.T @ x, "bias": error.sum(0)}
 
 
-class _Oracle:
+class Oracle:
     """One optimizer step in NumPy.
 
     Source: Sutskever et al. 2013 in PyTorch's form (velocity = momentum * velocity + gradient; step lr * velocity),
@@ -48,6 +48,7 @@ class _Oracle:
         self.count = 0
 
     def step(self, weights: dict[str, Array], gradients: dict[str, Array], lr: float) -> dict[str, Array]:
+        """The weights after one step."""
         self.count += 1
         return {name: self._one(name, weights[name], gradients[name], lr) for name in weights}
 
@@ -71,7 +72,7 @@ class _Oracle:
 @case("gradients: equal the formula of softmax and cross entropy")
 def gradients(bench: Bench) -> None:
     """In float64, and nothing of the model is left changed."""
-    model, weights, x, labels = _linear(bench)
+    model, weights, x, labels = linear(bench)
     found = bench.backend.gradients(model, [x], cross_entropy(bench, model, labels))
     for name, expected in softmax_gradient(weights["weight"], weights["bias"], x, labels).items():
         within(name, relative(found[name], expected), "gradient_float64")
@@ -85,8 +86,8 @@ def gradients(bench: Bench) -> None:
 def optimizers(bench: Bench) -> None:
     """SGD with momentum, weight decay, Nesterov; Adam; AdamW; a changing learning rate; float64."""
     for settings in SETTINGS:
-        model, weights, x, labels = _linear(bench)
-        optimizer, oracle = bench.backend.make_optimizer(model, settings), _Oracle(settings)
+        model, weights, x, labels = linear(bench)
+        optimizer, oracle = bench.backend.make_optimizer(model, settings), Oracle(settings)
         for lr in (0.1, 0.05, 0.2):
             optimizer.set_lr(lr)
             bench.backend.train_step(model, optimizer, [x], cross_entropy(bench, model, labels))
@@ -141,7 +142,7 @@ def batch_norm_step(bench: Bench) -> None:
 @case("training: a loss that is not finite stops before the step")
 def not_finite(bench: Bench) -> None:
     """The term is named and the weights are as they were."""
-    model, weights, x, labels = _linear(bench)
+    model, weights, x, labels = linear(bench)
     optimizer = bench.backend.make_optimizer(model, OptimizerSettings())
     optimizer.set_lr(0.1)
     refuses(
@@ -174,7 +175,7 @@ def _dropout_run(bench: Bench, seed: int) -> dict[str, Array]:
     return bench.backend.read(model)
 
 
-def _linear(bench: Bench) -> tuple[Any, dict[str, Array], Array, Array]:
+def linear(bench: Bench) -> tuple[Any, dict[str, Array], Array, Array]:
     """A float64 linear layer, its weights, a batch and labels."""
     model = bench.backend.place(bench.backend.nn.Linear(4, 3), bench.device, "float64")
     weights = {"weight": random(3, 4, seed=1).astype(np.float64), "bias": random(3, seed=2).astype(np.float64)}

@@ -1,7 +1,8 @@
 """Layers, the neutral graph, channel groups and cost."""
 
-from slimbridge.graph.cost import Cost, cost_of, count_parameters
+from slimbridge.graph.cost import Cost, cost_of, cost_without, count_parameters
 from slimbridge.graph.model import KINDS, Graph, Node
+from slimbridge.graph.provenance import Rules
 from slimbridge.graph.units import ChannelGroup, UnitProducer, Units, find_units
 
 __all__ = [
@@ -10,9 +11,11 @@ __all__ = [
     "Cost",
     "Graph",
     "Node",
+    "Rules",
     "UnitProducer",
     "Units",
     "cost_of",
+    "cost_without",
     "count_parameters",
     "find_units",
 ]

@@ -8,40 +8,97 @@ input axis and issues new ones. What cannot be followed soundly is frozen, with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
 
+from slimbridge.graph.heads import head_axes
 from slimbridge.graph.ids import IdArray, Ledger, along, first_along, same_shape_axes, spread, thin, varies
 from slimbridge.graph.model import Graph, Node
 from slimbridge.graph.reshapes import axis_map
 
 
 @dataclass(frozen=True)
+class Rules:
+    """What a walk takes for possible.
+
+    Attributes:
+        freeze_attention: freeze the channels that two activations are multiplied over.
+        freeze_reshapes: freeze channels that pass through a reshape or split.
+        heads: cut attention into whole heads; everything else is frozen.
+        layer_norms: let channels that a LayerNorm normalises go; that is not zeroing them.
+    """
+
+    freeze_attention: bool = False
+    freeze_reshapes: bool = False
+    heads: bool = False
+    layer_norms: bool = False
+
+
+@dataclass(frozen=True)
 class Producer:
-    """A convolution or linear layer that issued ids: its path, weight's name, and the ids of its outputs."""
+    """A layer that issued ids: its path, kind ("conv", "grouped", "transposed", "linear"), weight, output ids."""
 
     layer: str
+    kind: str
     weight: str
     ids: IdArray
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product of two activations: its node's index, and the ids along each axis of what is multiplied.
+
+    Attributes:
+        node: index in the graph.
+        sizes: of the output's axes and of the contracted axis, last.
+        ids: axis (as in `sizes`) -> ids of its entries, for the axes along which channels lie.
+    """
+
+    node: int
+    sizes: tuple[int, ...]
+    ids: Mapping[int, IdArray]
+
+
 @dataclass
 class Walk:
-    """State of one walk: tensor id -> channel ids, the ledger, the producers met, constants' tensor ids."""
+    """State of one walk.
+
+    Attributes:
+        graph, rules: of the walk.
+        ids: tensor id -> channel ids.
+        ledger: what was said of the ids.
+        producers: in order.
+        constants: tensor ids of constants.
+        loose: tensor id -> name, of parameters that are used as they are, outside any layer.
+        heads: (layer path, ids of its attention heads), where heads are cut.
+        inexact: ids that a LayerNorm normalises.
+        products: products of two activations.
+        axes: index of a reshape that cuts attention heads -> their axis after it.
+        at: index of the node that is being walked.
+    """
 
     graph: Graph
-    freeze_reshapes: bool
+    rules: Rules = Rules()
     ids: dict[int, IdArray] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     producers: list[Producer] = field(default_factory=list)
     constants: set[int] = field(default_factory=set)
+    loose: dict[int, str] = field(default_factory=dict)
+    heads: list[tuple[str, IdArray]] = field(default_factory=list)
+    inexact: list[IdArray] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    axes: Mapping[int, int] = field(default_factory=dict)
+    at: int = 0
 
     def run(self) -> Walk:
         """Walk the nodes in order and freeze the model's outputs."""
-        for node in self.graph.nodes:
+        if self.rules.heads:
+            self.axes = head_axes(self.graph)
+        for index, node in enumerate(self.graph.nodes):
+            self.at = index
             HANDLERS[node.kind](self, node)
         for output in self.graph.outputs:
             self.ledger.freeze(self.ids[output], "its channels are an output of the model")
@@ -77,9 +134,20 @@ def _input(walk: Walk, node: Node) -> None:
 
 
 def _constant(walk: Walk, node: Node) -> None:
+    """A parameter with one axis of more than one entry has channels of its own; any other constant is opaque."""
     tensor = node.outputs[0]
+    shape = walk.shape(tensor)
     walk.constants.add(tensor)
-    walk.give(node, walk.ledger.opaque(walk.shape(tensor), "it meets a constant of its own size"))
+    name = node.params.get("value")
+    wide = [axis for axis, size in enumerate(shape) if size > 1]
+    if name is not None:
+        walk.loose[tensor] = name
+    if name is None or len(wide) != 1 or walk.graph.parameters.get(name) != shape:
+        walk.give(node, walk.ledger.opaque(shape, "it meets a constant of its own size"))
+        return
+    ids = walk.ledger.issue(shape[wide[0]])
+    walk.ledger.touch(name, wide[0], ids)
+    walk.give(node, spread(ids.reshape([size if axis == wide[0] else 1 for axis, size in enumerate(shape)]), shape))
 
 
 def _unknown(walk: Walk, node: Node) -> None:
@@ -87,16 +155,85 @@ def _unknown(walk: Walk, node: Node) -> None:
 
 
 def _matmul(walk: Walk, node: Node) -> None:
-    walk.give_up(node, f"two activations are multiplied by {where(node)}")
+    """Unite along the contracted axis; what varies along the other axes goes on, united where both sides have it."""
+    left, right = (walk.ids[tensor] for tensor in node.inputs)
+    shape = walk.shape(node.outputs[0])
+    vector = left.ndim < 2 or right.ndim < 2
+    if vector or walk.rules.freeze_attention or _mixed(left, left.ndim - 1) or _mixed(right, right.ndim - 2):
+        walk.give_up(node, f"two activations are multiplied by {where(node)}")
+        return
+    inner = varies(left, left.ndim - 1), varies(right, right.ndim - 2)
+    if any(inner):
+        a, b = first_along(left, left.ndim - 2), first_along(right, right.ndim - 1).swapaxes(-1, -2)
+        walk.ledger.unite(a, b)
+    walk.products.append(_product(walk.at, left, right, shape))
+    passed = []
+    for ids, axis, consumed in ((left, left.ndim - 1, inner[0]), (right, right.ndim - 2, inner[1])):
+        if consumed:
+            continue
+        if any(varies(ids, a) for a in range(ids.ndim)):
+            passed.append(first_along(ids, axis))
+        else:
+            walk.ledger.freeze(ids, f"it is multiplied by another activation in {where(node)}")
+    if not passed:
+        walk.give(node, spread(walk.ledger.issue(1).reshape([1] * len(shape)), shape))
+        return
+    if len(passed) == 2:
+        walk.ledger.unite(*passed)
+    met = np.broadcast_arrays(*(thin(ids) for ids in passed))[0] if len(passed) == 2 else passed[0]
+    walk.give(node, spread(met, shape))
+
+
+def _mixed(ids: IdArray, axis: int) -> bool:
+    """Do ids vary along this axis and along another too?"""
+    return varies(ids, axis) and any(varies(ids, other) for other in range(ids.ndim) if other != axis)
+
+
+def _product(at: int, left: IdArray, right: IdArray, shape: tuple[int, ...]) -> Product:
+    rank = len(shape)
+    sources = {**{axis: (left, axis - rank) for axis in range(rank - 1)}, rank - 1: (right, -1), rank: (left, -1)}
+    found = {}
+    for axis, (ids, place) in sources.items():
+        place += ids.ndim
+        channels = along(ids, place) if place >= 0 and varies(ids, place) else None
+        if channels is not None:
+            found[axis] = channels
+    return Product(at, (*shape, left.shape[-1]), found)
 
 
 def _same(walk: Walk, node: Node) -> None:
     walk.give(node, walk.source(node))
 
 
-def _norm_frozen(walk: Walk, node: Node) -> None:
-    reason = f"removing channels before {where(node)} is not zeroing them"
-    walk.ledger.freeze(walk.source(node), reason)
+def _frozen(walk: Walk, node: Node) -> None:
+    walk.ledger.freeze(walk.source(node), f"removing channels before {where(node)} is not zeroing them")
+    _same(walk, node)
+
+
+def _layer_norm(walk: Walk, node: Node) -> None:
+    ids, axes = walk.source(node), tuple(node.attrs["axes"])
+    channels = along(ids, axes[0]) if len(axes) == 1 else None
+    if not any(varies(ids, axis) for axis in axes):
+        _same(walk, node)
+    elif not walk.rules.layer_norms or channels is None:
+        _frozen(walk, node)
+    else:
+        for name in node.params.values():
+            walk.ledger.touch(name, 0, channels)
+        walk.inexact.append(channels)
+        _same(walk, node)
+
+
+def _group_norm(walk: Walk, node: Node) -> None:
+    """Whole groups go: the statistics of one group do not depend on another."""
+    channels, groups = along(walk.source(node), 1), int(node.attrs["groups"])
+    if channels is None or groups == 1:
+        _frozen(walk, node)
+        return
+    blocks = channels.reshape(groups, -1)
+    walk.ledger.unite(blocks[:, :1], blocks)
+    for name in node.params.values():
+        walk.ledger.touch(name, 0, channels)
     _same(walk, node)
 
 
@@ -110,22 +247,16 @@ def _batch_norm(walk: Walk, node: Node) -> None:
     _same(walk, node)
 
 
-def _issue(walk: Walk, node: Node, axis: int) -> IdArray:
+def _issue(walk: Walk, node: Node, axis: int, kind: str) -> IdArray:
     """New ids for the node's output channels, spread over its output tensor."""
-    weight = node.params["weight"]
-    ids = walk.ledger.issue(walk.graph.parameters[weight][0])
-    walk.producers.append(Producer(node.name, weight, ids))
-    _touch_outputs(walk, node, ids)
+    ids = walk.ledger.issue(walk.shape(node.outputs[0])[axis])
+    walk.producers.append(Producer(node.name, kind, node.params["weight"], ids))
+    if "bias" in node.params:
+        walk.ledger.touch(node.params["bias"], 0, ids)
     view = [1] * len(walk.shape(node.outputs[0]))
     view[axis] = ids.size
     walk.give(node, spread(ids.reshape(view), walk.shape(node.outputs[0])))
     return ids
-
-
-def _touch_outputs(walk: Walk, node: Node, ids: IdArray) -> None:
-    for role in ("weight", "bias"):
-        if role in node.params:
-            walk.ledger.touch(node.params[role], 0, ids)
 
 
 def _conv(walk: Walk, node: Node) -> None:
@@ -134,19 +265,40 @@ def _conv(walk: Walk, node: Node) -> None:
     if channels is None:
         walk.ledger.freeze(walk.source(node), f"channels cannot be followed into {where(node)}")
         channels = np.array(walk.ledger.opaque((walk.shape(node.inputs[0])[1],), "its inputs are frozen"))
+    if groups > 1 and groups == channels.size:
+        _depthwise(walk, node, channels)
+    elif node.attrs.get("transposed", False):
+        _transposed(walk, node, channels, groups)
+    else:
+        weight = node.params["weight"]
+        blocks = channels.reshape(groups, -1)
+        walk.ledger.unite(blocks[:1], blocks)
+        walk.ledger.touch(weight, 1, blocks[0])
+        issued = _issue(walk, node, 1, "grouped" if groups > 1 else "conv")
+        walk.ledger.touch(weight, 0, issued)
+        by_group = issued.reshape(groups, -1)
+        walk.ledger.unite(by_group[:1], by_group)
+
+
+def _depthwise(walk: Walk, node: Node, channels: IdArray) -> None:
+    """Each input channel has outputs of its own; they go with it."""
+    shape = walk.shape(node.outputs[0])
+    carried = np.repeat(channels, shape[1] // channels.size)
+    walk.ledger.touch(node.params["weight"], 0, channels if node.attrs.get("transposed", False) else carried)
+    if "bias" in node.params:
+        walk.ledger.touch(node.params["bias"], 0, carried)
+    walk.give(node, spread(carried.reshape([1, carried.size] + [1] * (len(shape) - 2)), shape))
+
+
+def _transposed(walk: Walk, node: Node, channels: IdArray, groups: int) -> None:
+    """A transposed convolution's weight is (in, out / groups, ...): the groups shrink alike on both sides."""
     weight = node.params["weight"]
-    outputs, per_group = walk.graph.parameters[weight][:2]
-    if groups > 1 and per_group == 1:
-        carried = np.repeat(channels, outputs // groups)
-        _touch_outputs(walk, node, carried)
-        view = [1, carried.size] + [1] * (len(walk.shape(node.outputs[0])) - 2)
-        walk.give(node, spread(carried.reshape(view), walk.shape(node.outputs[0])))
-        return
-    blocks = channels.reshape(groups, per_group)
+    blocks = channels.reshape(groups, -1)
     walk.ledger.unite(blocks[:1], blocks)
-    walk.ledger.touch(weight, 1, blocks[0])
-    issued = _issue(walk, node, axis=1).reshape(groups, outputs // groups)
+    walk.ledger.touch(weight, 0, channels)
+    issued = _issue(walk, node, 1, "transposed").reshape(groups, -1)
     walk.ledger.unite(issued[:1], issued)
+    walk.ledger.touch(weight, 1, issued[0])
 
 
 def _linear(walk: Walk, node: Node) -> None:
@@ -157,7 +309,7 @@ def _linear(walk: Walk, node: Node) -> None:
         walk.ledger.freeze(ids, reason)
         channels = np.array(walk.ledger.opaque((ids.shape[-1],), reason))
     walk.ledger.touch(node.params["weight"], 1, channels)
-    _issue(walk, node, axis=len(walk.shape(node.outputs[0])) - 1)
+    walk.ledger.touch(node.params["weight"], 0, _issue(walk, node, len(walk.shape(node.outputs[0])) - 1, "linear"))
 
 
 def _binary(walk: Walk, node: Node) -> None:
@@ -167,6 +319,9 @@ def _binary(walk: Walk, node: Node) -> None:
     scalars = [tensor in walk.constants and prod(walk.shape(tensor)) == 1 for tensor in node.inputs]
     if any(scalars):
         walk.give(node, spread(right if scalars[0] else left, shape))
+        return
+    loose = [tensor in walk.loose for tensor in node.inputs]
+    if any(loose) and not all(loose) and _meets_parameter(walk, node, loose.index(True), (left, right)):
         return
     narrow = [_is_broadcast_over_channels(a, b) for a, b in ((left, right), (right, left))]
     if any(narrow):
@@ -180,6 +335,28 @@ def _binary(walk: Walk, node: Node) -> None:
     walk.ledger.unite(left, right)
     met, _ = np.broadcast_arrays(thin(left), thin(right))
     walk.give(node, spread(met, shape))
+
+
+def _meets_parameter(walk: Walk, node: Node, side: int, both: tuple[IdArray, IdArray]) -> bool:
+    """A parameter outside any layer meets an activation's channels: its entries go with them. False: not so simple.
+
+    Zeroed entries must stay zero by the operation, as they do for sums and products.
+    """
+    own, other = both[side], both[1 - side]
+    if node.attrs.get("op") not in ("add", "sub", "mul", "prelu"):
+        walk.ledger.freeze(own, f"a parameter takes part in {where(node)}")
+        return False
+    axes = [axis for axis in range(other.ndim) if varies(other, axis)]
+    if len(axes) != 1 or own.shape[axes[0]] != other.shape[axes[0]] or varies(own, axes[0]):
+        return False  # one axis of channels on either side is united as two activations are
+    name = walk.loose[node.inputs[side]]
+    axis = axes[0] - (other.ndim - len(walk.shape(node.inputs[side])))
+    channels = along(other, axes[0])
+    if channels is None or walk.graph.parameters.get(name) != walk.shape(node.inputs[side]):
+        return False
+    walk.ledger.touch(name, axis, channels)
+    walk.give(node, spread(other, walk.shape(node.outputs[0])))
+    return True
 
 
 def _aligned(ids: IdArray, ndim: int) -> IdArray:
@@ -216,7 +393,7 @@ def _split(walk: Walk, node: Node) -> None:
     axis, sizes, ids = int(node.attrs["axis"]), tuple(node.attrs["sizes"]), walk.source(node)
     blocks = np.split(ids, np.cumsum(sizes)[:-1], axis=axis)
     if varies(ids, axis):
-        if len(set(sizes)) > 1 or walk.freeze_reshapes:
+        if len(set(sizes)) > 1 or walk.rules.freeze_reshapes:
             walk.ledger.freeze(ids, f"its channels are cut at written places by {where(node)}")
         else:
             for block in blocks[1:]:
@@ -244,14 +421,18 @@ def _reshape(walk: Walk, node: Node) -> None:
         changing = [axis for axis in old if varies(ids, axis)]
         if not changing:
             continue
-        if walk.freeze_reshapes:
+        if walk.rules.freeze_reshapes:
             walk.ledger.freeze(ids, f"its width is written into {where(node)}")
         elif len(changing) > 1 or (len(old) > 1 and len(new) > 1):
             walk.ledger.freeze(ids, f"channels are mixed with other axes by {where(node)}")
         elif len(old) == 1:
-            for axis in new[:-1]:
+            whole = walk.axes.get(walk.at, new[-1])
+            for axis in (a for a in new if a != whole):
                 walk.ledger.unite(first_along(moved, axis), moved)
                 moved = spread(first_along(moved, axis), shape)  # one id for what is now one
+            heads = along(moved, whole) if walk.at in walk.axes else None
+            if heads is not None:
+                walk.heads.append((node.name, heads))
     walk.give(node, moved)
 
 
@@ -305,7 +486,7 @@ def _reduce(walk: Walk, node: Node) -> None:
 
 def _softmax(walk: Walk, node: Node) -> None:
     if varies(walk.source(node), int(node.attrs["axis"])):
-        _norm_frozen(walk, node)
+        _frozen(walk, node)
     else:
         _same(walk, node)
 
@@ -316,8 +497,8 @@ HANDLERS: dict[str, Callable[[Walk, Node], None]] = {
     "conv": _conv,
     "linear": _linear,
     "batch_norm": _batch_norm,
-    "layer_norm": _norm_frozen,
-    "group_norm": _norm_frozen,
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
     "elementwise": _same,
     "binary": _binary,
     "concat": _concat,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,14 +11,22 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from slimbridge.graph.model import Graph
-from slimbridge.graph.provenance import Walk
+from slimbridge.graph.provenance import Rules, Walk
 
 
 @dataclass(frozen=True)
 class UnitProducer:
-    """A convolution or linear layer and the unit of each of its output channels, shape (out,)."""
+    """A layer that makes channels.
+
+    Attributes:
+        layer: its path.
+        kind: "conv", "grouped" (convolution), "transposed" (convolution) or "linear".
+        weight: its weight's name.
+        units: the unit of each of its output channels, shape (out,).
+    """
 
     layer: str
+    kind: str
     weight: str
     units: NDArray[np.int64]
 
@@ -44,17 +52,30 @@ class Units:
         touched: (parameter, axis) -> unit of each entry along that axis.
         frozen: unit -> why it must stay.
         producers: the layers that issue channels, each weight once, in graph order.
+        heads: layer path -> unit of each of its attention heads, where heads were asked for.
+        inexact: units that a LayerNorm normalises: removing them is not zeroing them.
+        products: index of a node that multiplies two activations -> (sizes of its output's axes and of the contracted
+            axis, {axis: unit of each entry}).
     """
 
     touched: Mapping[tuple[str, int], NDArray[np.int64]]
     frozen: Mapping[int, str]
     producers: tuple[UnitProducer, ...]
+    heads: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    inexact: frozenset[int] = frozenset()
+    products: Mapping[int, tuple[tuple[int, ...], Mapping[int, NDArray[np.int64]]]] = field(default_factory=dict)
+
+    def stays(self, removed: Collection[int]) -> NDArray[np.bool_]:
+        """By unit: does it stay?"""
+        known = (*self.touched.values(), *(p.units for p in self.producers))
+        highest = max((int(units.max(initial=0)) for units in known), default=0)
+        result = np.ones(highest + 1, dtype=bool)
+        result[np.fromiter(removed, np.int64, len(removed))] = False
+        return result
 
     def kept(self, removed: Collection[int]) -> dict[str, dict[int, tuple[int, ...]]]:
         """Parameter -> axis -> entries that stay, for the parameters that lose any."""
-        highest = max((int(units.max(initial=0)) for units in self.touched.values()), default=0)
-        stays_of = np.ones(highest + 1, dtype=bool)
-        stays_of[np.fromiter(removed, np.int64, len(removed))] = False
+        stays_of = self.stays(removed)
         result: dict[str, dict[int, tuple[int, ...]]] = {}
         for (name, axis), units in sorted(self.touched.items()):
             stays = stays_of[units]
@@ -89,31 +110,54 @@ class Units:
         return None if any(reason is None for reason in reasons) else reasons[0]
 
 
-def find_units(graph: Graph, freeze_reshapes: bool = False) -> Units:
+def find_units(graph: Graph, rules: Rules | None = None) -> Units:
     """The units of a model.
 
     Args:
         graph: the traced model.
-        freeze_reshapes: freeze channels that pass through a reshape or split, also one that keeps their axis whole,
-            for models that write the extents into their code (`reshape(x, (-1, 512))`; a computed extent cannot be
-            told from a written one in a trace).
+        rules: what may go. A width that a model's code has written in (`reshape(x, (-1, 512))`) cannot be told from a
+            computed one in a trace; `Rules.freeze_attention` and `Rules.freeze_reshapes` are for such models.
     """
-    walk = Walk(graph, freeze_reshapes).run()
+    walk = Walk(graph, rules or Rules()).run()
     ledger = walk.ledger
     _freeze_outside_uses(walk)
     labels = ledger.components()
+    heads = _united_heads(walk, labels)
     frozen: dict[int, str] = {}
     for entry in ledger.freezes:
         for unit in np.unique(labels[entry.ids]).tolist():
             frozen.setdefault(unit, entry.reason)
+    if walk.rules.heads:
+        cut = np.concatenate([np.empty(0, np.int64), *heads.values()])
+        for unit in np.setdiff1d(labels, cut).tolist():
+            frozen.setdefault(unit, "it is no attention head, and heads alone are to go")
     touched = {key: labels[ids] for key, ids in ledger.touched.items()}
-    producers = {p.weight: UnitProducer(p.layer, p.weight, labels[p.ids]) for p in reversed(walk.producers)}
-    return Units(touched, frozen, tuple(reversed(producers.values())))
+    producers = {p.weight: UnitProducer(p.layer, p.kind, p.weight, labels[p.ids]) for p in reversed(walk.producers)}
+    return Units(
+        touched,
+        frozen,
+        tuple(reversed(producers.values())),
+        heads,
+        frozenset(unit for ids in walk.inexact for unit in labels[ids].tolist()),
+        {item.node: (item.sizes, {axis: labels[ids] for axis, ids in item.ids.items()}) for item in walk.products},
+    )
+
+
+def _united_heads(walk: Walk, labels: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """Layer path -> units of its heads; a layer that cuts its heads in unlike ways has them frozen."""
+    found: dict[str, NDArray[np.int64]] = {}
+    for path, ids in walk.heads:
+        units = labels[ids]
+        if not np.array_equal(found.setdefault(path, units), units):
+            reason = f"the heads of layer '{path}' are not cut alike for all that it multiplies"
+            walk.ledger.freeze(np.flatnonzero(np.isin(labels, np.concatenate([units, found[path]]))), reason)
+    return found
 
 
 def _freeze_outside_uses(walk: Walk) -> None:
     """A layer's parameter that is also read outside its layer cannot change its size."""
     outside = {name for node in walk.graph.nodes if node.kind == "constant" for name in node.params.values()}
+    inside = {name for node in walk.graph.nodes if node.kind != "constant" for name in node.params.values()}
     for (name, _), ids in walk.ledger.touched.items():
-        if name in outside:
+        if name in outside and name in inside:
             walk.ledger.freeze(ids, f"its parameter '{name}' is also used outside the layer")

@@ -17,11 +17,13 @@ class TargetSection(Section):
     """What pruning must save, in place of a ratio: the one ratio that reaches it is searched for.
 
     Attributes:
-        of: parameters, macs, or latency, measured in the framework's eager mode with one sample.
+        of: parameters, macs, or latency (median of one sample's forward pass).
+        runtime: that latency is measured in: eager, the framework as it is.
         remove: share of it to remove, 0..1, against the model before the stage (with steps, as the run began).
     """
 
     of: Literal["parameters", "macs", "latency"]
+    runtime: Literal["eager"] = "eager"
     remove: Share
 
 
@@ -103,7 +105,8 @@ class PruneStage(Section):
         max_ratio: most that a group may lose, where groups compete; None sets no limit.
         layer_norm: keep the channels that a LayerNorm normalises, or prune them: removal is then not zeroing.
         steps: 1, or the number of rounds of pruning and finetuning that lead to the ratio.
-        relative_to: the ratio counts channels as the stage finds them (current) or as the run began (initial).
+        relative_to: the ratio counts channels as the stage finds them (current), as the run began (initial), or as they
+            were after the stage of that number (0 is the baseline).
         ignored_layers: layer paths or patterns (fnmatch) whose output channels stay.
         ignored_kinds: kinds of layers whose output channels stay: conv, linear, grouped, transposed.
         calibration_batches, calibration_batch_size: training data for importances that need gradients or activations.
@@ -131,8 +134,8 @@ class PruneStage(Section):
     min_channels: Positive = 1
     max_ratio: Share | None = None
     layer_norm: Literal["keep", "prune"] = "keep"
-    steps: Annotated[int, Field(ge=1, le=100)] = 1
-    relative_to: Literal["current", "initial"] = "current"
+    steps: Annotated[int, Field(ge=1, le=30)] = 1
+    relative_to: Literal["current", "initial"] | Annotated[int, Field(ge=0)] = "current"
     ignored_layers: Patterns = ()
     ignored_kinds: Annotated[tuple[Literal["conv", "linear", "grouped", "transposed"], ...], Field(strict=False)] = ()
     calibration_batches: Positive = 8
@@ -230,7 +233,7 @@ class SparsifyStage(Section):
     sparsity: Share | None = None
     layer_sparsity: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}
     selection: Literal["local", "global"] = "local"
-    steps: Annotated[int, Field(ge=1, le=100)] = 1
+    steps: Annotated[int, Field(ge=1, le=30)] = 1
     gmp: GmpSection | None = None
     ignored_layers: Patterns = ()
     ignored_kinds: Annotated[tuple[Literal["conv", "linear", "grouped", "transposed"], ...], Field(strict=False)] = ()

@@ -52,6 +52,7 @@ class Importance:
             (also normalisations and the weights that read them), "norms" (BatchNorm scales alone).
         group_reduction: over the rated axes, unless the plan says.
         root: the reduced importance is raised to 1 / root.
+        normalisation: unless the plan says: a word of the plan, or "total" (divided by the sum over all groups).
         source: paper or file that defines it.
     """
 
@@ -60,6 +61,7 @@ class Importance:
     rated: Literal["producers", "coupled", "norms"] = "producers"
     group_reduction: Literal["master", "mean", "sum", "max"] = "mean"
     root: float = 1.0
+    normalisation: str | None = None
     source: str = ""
 
 

@@ -208,6 +208,12 @@ class Plan(Section):
     @model_validator(mode="after")
     def _order(self) -> Plan:
         kinds = [stage.kind for stage in self.stages]
+        for index, stage in enumerate(self.stages, start=1):
+            named = getattr(stage, "relative_to", None)
+            if isinstance(named, int) and named >= index:
+                raise ValueError(
+                    f"stage {index}: relative_to {named} is no earlier stage; 0 (the baseline) to {index - 1} are"
+                )
         if "quantize" in kinds and kinds.index("quantize") != len(kinds) - 1:
             late = kinds[kinds.index("quantize") + 1]
             raise ValueError(

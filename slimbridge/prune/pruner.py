@@ -1,63 +1,117 @@
-"""Structured pruning: decide which channels go, then remove them."""
+"""Structured pruning: decide which channels go, remove them, and prove that it was right."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from slimbridge.decisions import GroupChoice, PruneDecision, Skipped
-from slimbridge.errors import ModelError, listed, nearest
-from slimbridge.graph import ChannelGroup, Graph, Units, find_units
-from slimbridge.plan.registries import IMPORTANCES
-from slimbridge.plan.schema import PruneStage
+from slimbridge.errors import ModelError, listed
+from slimbridge.graph import Cost, Graph, Rules, Units, cost_of, cost_without, find_units
+from slimbridge.plan.pruning import PruneStage
 from slimbridge.ports import Array, Backend, Model
-from slimbridge.prune.select import last_of_each_layer, least_important, remove_count, unit_importance
+from slimbridge.prune.assembly import assemble, removed_units
+from slimbridge.prune.evidence import Evidence
+from slimbridge.prune.native import native_decision
+from slimbridge.prune.presets import Definition
+from slimbridge.prune.rate import rate_groups
+from slimbridge.prune.scope import Scope, scope_of, units_before
+from slimbridge.prune.select import Amount, choose
+from slimbridge.prune.target import ROUNDS, search_ratio
 from slimbridge.prune.verify import what_is_wrong
+
+LADDER = (Rules(), Rules(freeze_attention=True), Rules(freeze_attention=True, freeze_reshapes=True))
+"""Widths in a model's code show only when the pruned model runs; each rung holds more of the channels."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a decision rests on beside the graph and the weights.
+
+    Attributes:
+        evidence: gradients and activations, for importances that need them.
+        initial: parameter -> shape in the model that `relative_to` names.
+        initial_cost: {"parameters", "macs", "latency"} of that model; None takes the present one.
+        latency: milliseconds of a model, for a latency target; measured by whoever gives it.
+        ratios: first layer of a group -> its ratio, from sensitivity curves; a group that is not named is left alone.
+        seed: of importances that draw.
+    """
+
+    evidence: Evidence = field(default_factory=Evidence)
+    initial: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    initial_cost: Mapping[str, float] | None = None
+    latency: Callable[[Model], float] | None = None
+    ratios: Mapping[str, float] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Rated groups of one graph, from which decisions of any ratio follow."""
+
+    graph: Graph
+    units: Units
+    scope: Scope
+    definition: Definition
+    values: tuple[NDArray[np.float64], ...]
+    before: tuple[int, ...]
+
+    def choose(self, amounts: Sequence[Amount]) -> tuple[NDArray[np.int64], ...]:
+        """Positions that go, of each group."""
+        return choose(self.scope.groups, self.values, amounts, self.definition)
+
+    def cost_left(self, chosen: Sequence[NDArray[np.int64]]) -> Cost:
+        """The cost without what was chosen."""
+        return cost_without(self.graph, self.units, removed_units(self.scope.groups, chosen))
 
 
 class Pruner:
     """Carries out one prune stage. `decide` is neutral; `apply` asks a backend to remove what was decided."""
 
-    def __init__(self, stage: PruneStage) -> None:
-        self.stage = stage
+    def __init__(self, stage: PruneStage, basis: Basis | None = None) -> None:
+        self.stage, self.basis = stage, basis or Basis()
+        self.definition = Definition.of(stage, self.basis.seed)
 
-    def decide(self, graph: Graph, weights: Mapping[str, Array], freeze_reshapes: bool = False) -> PruneDecision:
+    def candidates(self, graph: Graph, weights: Mapping[str, Array], rules: Rules | None = None) -> Candidates:
+        """Find and rate the channel groups that the stage may prune.
+
+        Raises:
+            ModelError: a pattern matches no layer, a weight is not finite, or no layer's channels may go.
+        """
+        units = find_units(graph, rules or self._ladder()[0])
+        scope = scope_of(self.stage, units)
+        if not scope.groups:
+            raise ModelError(_nothing_free(scope.skipped))
+        values = rate_groups(graph, units, scope.groups, weights, self.definition, self.basis.evidence)
+        shapes = self.basis.initial if self.stage.relative_to != "current" else {}
+        before = tuple(units_before(group, shapes) for group in scope.groups)
+        return Candidates(graph, units, scope, self.definition, values, before)
+
+    def decide(self, graph: Graph, weights: Mapping[str, Array], rules: Rules | None = None) -> PruneDecision:
         """Choose channels.
 
         Args:
             graph: the traced model.
             weights: canonical name -> array.
-            freeze_reshapes: see `slimbridge.graph.find_units`.
+            rules: see `slimbridge.graph.find_units`; None is the stage's first choice.
 
         Raises:
-            ModelError: a pattern matches no layer, a weight is not finite, or no channel of any layer may go.
+            ModelError: as `candidates`; or no channel goes.
         """
-        units = find_units(graph, freeze_reshapes)
-        groups = units.groups()
-        ignored = self._ignored(units)
-        importance = IMPORTANCES.get(self.stage.importance)
-        removed: set[int] = set()
-        choices = []
-        for group in groups:
-            if ignored.intersection(group.layers):
-                continue
-            count = remove_count(group.units.size, self.stage.pruning_ratio)
-            values = unit_importance(group, weights, importance)
-            chosen = least_important(values, count, last_of_each_layer(group, values))
-            removed.update(group.units[chosen].tolist())
-            choices.append(GroupChoice(layers=group.layers, channels=group.units.size, removed=tuple(chosen.tolist())))
-        skipped = tuple(self._skipped(units, groups, ignored))
-        if not removed:
-            raise ModelError(self._nothing(choices, skipped))
-        kept = units.kept(removed)
-        return PruneDecision(
-            importance=self.stage.importance,
-            pruning_ratio=self.stage.pruning_ratio,
-            groups=tuple(choices),
-            kept=kept,
-            sizes={name: tuple(graph.parameters[name]) for name in kept},
-            skipped=skipped,
-        )
+        found = self.candidates(graph, weights, rules)
+        searched = self._searched(found) if self.stage.target is not None and self.basis.ratios is None else None
+        return self._decision(found, searched)
+
+    def _decision(self, found: Candidates, searched: float | None) -> PruneDecision:
+        """ModelError where no channel goes."""
+        amounts = self._amounts(found, searched)
+        chosen = found.choose(amounts)
+        if not any(positions.size for positions in chosen):
+            raise ModelError(_nothing_goes(found, amounts))
+        return decision_of(found, chosen, searched or self.stage.pruning_ratio or 0.0)
 
     def apply(self, backend: Backend, model: Model, decision: PruneDecision) -> Model:
         """Remove what was decided from the model, in place."""
@@ -67,7 +121,7 @@ class Pruner:
         """Trace, decide, apply to a copy, and prove on the example that it equals zeroing the channels.
 
         A model that writes widths into its code cannot be told from one that computes them until it runs: when the
-        proof fails, the widths at reshapes and splits are frozen and the decision is made anew.
+        proof fails, more channels are frozen and the decision is made anew.
 
         Args:
             backend: the model's backend.
@@ -78,51 +132,113 @@ class Pruner:
             the pruned copy and the decision.
 
         Raises:
-            ModelError: nothing can be pruned, or the pruned model is wrong in either way.
+            ModelError: nothing can be pruned, or the pruned model is wrong in every way.
         """
         graph, weights = backend.trace(model, example), backend.read(model)
-        for freeze_reshapes in (False, True):
-            decision = self.decide(graph, weights, freeze_reshapes)
+        wrong: str | None = None
+        tried: set[str] = set()
+        for rules in self._ladder():
+            try:
+                decision = self._decide_for(backend, model, example, graph, weights, rules)
+            except ModelError as error:
+                if wrong is None:
+                    raise
+                raise ModelError(f"{error}; with more channels free the pruned model is wrong: {wrong}") from error
+            if decision.digest() in tried:
+                continue
+            tried.add(decision.digest())
             pruned = self.apply(backend, backend.clone(model), decision)
             wrong = what_is_wrong(backend, model, pruned, decision, example)
             if wrong is None:
                 return pruned, decision
         raise ModelError(f"the pruned model is wrong, also with channels at reshapes and splits kept: {wrong}")
 
-    def _ignored(self, units: Units) -> set[str]:
-        layers = [producer.layer for producer in units.producers]
-        ignored: set[str] = set()
-        for pattern in self.stage.ignored_layers:
-            matched = [layer for layer in layers if fnmatchcase(layer, pattern)]
-            if not matched:
-                raise ModelError(
-                    f"ignored_layers: '{pattern}' matches none of the {len(layers)} convolution and linear layers"
-                    f"{nearest(pattern, layers)}; they are: {listed(layers)}"
-                )
-            ignored.update(matched)
-        return ignored
+    def _decide_for(
+        self, backend: Backend, model: Model, example: Sequence[Array], graph: Graph, weights: Mapping[str, Array],
+        rules: Rules,
+    ) -> PruneDecision:  # fmt: skip
+        if self.stage.engine == "native":
+            return native_decision(self.stage, backend, model, example, graph, find_units(graph, rules))
+        if self.stage.target is not None and self.stage.target.of == "latency":
+            return self._at_latency(backend, model, graph, weights, rules)
+        return self.decide(graph, weights, rules)
 
-    def _skipped(self, units: Units, groups: Sequence[ChannelGroup], ignored: set[str]) -> Iterator[Skipped]:
-        shared = {layer: group for group in groups for layer in group.layers}
-        for producer in units.producers:
-            reason = units.why_frozen(producer)
-            if reason is None:
-                reason = self._why_ignored(producer.layer, shared.get(producer.layer), ignored)
-            if reason is not None:
-                yield Skipped(layer=producer.layer, reason=reason)
+    def _ladder(self) -> tuple[Rules, ...]:
+        if self.stage.granularity == "heads":
+            return (Rules(heads=True),)
+        norms = self.stage.layer_norm == "prune"
+        return tuple(Rules(rules.freeze_attention, rules.freeze_reshapes, layer_norms=norms) for rules in LADDER)
 
-    def _why_ignored(self, layer: str, group: ChannelGroup | None, ignored: set[str]) -> str | None:
-        if layer in ignored:
-            return "ignored_layers names it"
-        partners = sorted(ignored.intersection(group.layers)) if group else []
-        return f"its channels are tied to '{partners[0]}', which ignored_layers names" if partners else None
+    def _amounts(self, found: Candidates, searched: float | None) -> tuple[Amount, ...]:
+        """How much of each group goes: its own ratio, that of its sensitivity curve, or the searched or stage's one."""
+        curves = self.basis.ratios
+        amounts = []
+        for group, own, before in zip(found.scope.groups, found.scope.ratios, found.before, strict=True):
+            ratio = own if own is not None else searched if searched is not None else self.stage.pruning_ratio or 0.0
+            if curves is not None and own is None:
+                ratio = curves.get(group.layers[0], 0.0)
+            amounts.append(Amount(ratio, before, own is not None))
+        return tuple(amounts)
 
-    def _nothing(self, choices: Sequence[GroupChoice], skipped: Sequence[Skipped]) -> str:
-        if choices:
-            widest = max(choice.channels for choice in choices)
-            return (
-                f"pruning_ratio {self.stage.pruning_ratio} removes no channel: the widest of {len(choices)} "
-                f"channel groups has {widest} channels"
-            )
-        why = listed((f"'{item.layer}' ({item.reason})" for item in skipped), limit=4)
-        return f"no channel of any layer may be removed; layers found: {len(skipped)}: {why}"
+    def _searched(self, found: Candidates) -> float:
+        """The ratio that reaches the stage's target of parameters or MACs."""
+        target = self.stage.target
+        assert target is not None
+        whole = self._cost_before(cost_of(found.graph))[target.of]
+
+        def removed_by(ratio: float) -> float:
+            left = found.cost_left(found.choose(self._amounts(found, ratio)))
+            return 1.0 - float(getattr(left, target.of)) / whole
+
+        return search_ratio(removed_by, target.remove, ROUNDS[target.of]).ratio
+
+    def _at_latency(
+        self, backend: Backend, model: Model, graph: Graph, weights: Mapping[str, Array], rules: Rules
+    ) -> PruneDecision:
+        target, measure = self.stage.target, self.basis.latency
+        if target is None or measure is None:
+            raise ModelError("a latency target needs a machine to measure on: run the plan, it does")
+        found = self.candidates(graph, weights, rules)
+        whole = (self.basis.initial_cost or {}).get("latency") or measure(model)
+
+        def removed_by(ratio: float) -> float:
+            decision = decision_of(found, found.choose(self._amounts(found, ratio)), ratio)
+            return 1.0 - measure(self.apply(backend, backend.clone(model), decision)) / whole
+
+        ratio = search_ratio(removed_by, target.remove, ROUNDS["latency"]).ratio
+        return self._decision(found, ratio)
+
+    def _cost_before(self, now: Cost) -> Mapping[str, float]:
+        known = self.basis.initial_cost if self.stage.relative_to != "current" else None
+        return known or {"parameters": now.parameters, "macs": now.macs}
+
+
+def decision_of(found: Candidates, chosen: Sequence[NDArray[np.int64]], ratio: float) -> PruneDecision:
+    """The decision to remove the units at some positions of each group.
+
+    Args:
+        found: the rated groups.
+        chosen: positions of each group, ascending.
+        ratio: what the decision records as the share asked for.
+    """
+    groups = found.scope.groups
+    choices = tuple(
+        GroupChoice(layers=group.layers, channels=group.units.size, removed=tuple(positions.tolist()))
+        for group, positions in zip(groups, chosen, strict=True)
+    )
+    removed = removed_units(groups, chosen)
+    return assemble(found.graph, found.units, removed, choices, found.definition.name, ratio, found.scope.skipped)
+
+
+def _nothing_goes(found: Candidates, amounts: Sequence[Amount]) -> str:
+    widest = max(group.units.size for group in found.scope.groups)
+    largest = max(amount.ratio for amount in amounts)
+    return (
+        f"pruning_ratio {largest:g} removes no channel: the widest of {len(found.scope.groups)} channel groups has "
+        f"{widest} channels (round_to, min_channels and max_ratio count too)"
+    )
+
+
+def _nothing_free(skipped: Sequence[Skipped]) -> str:
+    why = listed((f"'{item.layer}' ({item.reason})" for item in skipped), limit=4)
+    return f"no channel of any layer may be removed; layers found: {len(skipped)}: {why}"

@@ -1,70 +1,146 @@
-"""Which units of a channel group go."""
+"""Which units of the channel groups go."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slimbridge.errors import ModelError
 from slimbridge.graph import ChannelGroup
-from slimbridge.plan.registries import Importance
-from slimbridge.ports import Array
+from slimbridge.prune.presets import Definition
+
+Values = NDArray[np.float64]
+Positions = NDArray[np.int64]
 
 
-def remove_count(channels: int, pruning_ratio: float) -> int:
-    """Channels to remove of `channels`: min(n - 1, round(n * ratio)), half to even, so one always stays.
+@dataclass(frozen=True)
+class Amount:
+    """How much of one group is to go.
 
-    Source: PaddleSlim 2.6.0, dygraph/prune/filter_pruner.py.
+    Attributes:
+        ratio: share to remove, 0..1; 0 leaves the group as it is.
+        before: units that the group had when counting starts, at least as many as now.
+        own: the ratio is the group's own: it competes with no other group.
     """
-    return min(channels - 1, round(channels * pruning_ratio))
+
+    ratio: float
+    before: int
+    own: bool = False
 
 
-def unit_importance(group: ChannelGroup, weights: Mapping[str, Array], importance: Importance) -> NDArray[np.float64]:
-    """Importance of each unit of the group: the mean over all its output channels in all the group's layers.
+def remove_count(channels: int, pruning_ratio: float, rule: str = "round") -> int:
+    """Channels to remove of `channels`; one always stays.
 
     Args:
-        group: the units and the layers that produce them.
-        weights: canonical name -> weight.
-        importance: the criterion.
+        channels: how many there are, n.
+        pruning_ratio: share to remove, 0..1.
+        rule: "round": min(n - 1, round(n * ratio)), half to even, as PaddleSlim 2.6.0 (dygraph/prune/l1norm_pruner.py);
+            "ceil_kept": n - int(n * (1 - ratio)), at most n - 1, as Torch-Pruning 1.6.1
+            (pruner/algorithms/base_pruner.py).
+    """
+    return min(channels - 1, COUNT_RULES[rule](channels, pruning_ratio))
+
+
+COUNT_RULES: Mapping[str, Callable[[int, float], int]] = {
+    "round": lambda channels, ratio: round(channels * ratio),
+    "ceil_kept": lambda channels, ratio: channels - int(channels * (1 - ratio)),
+}
+
+
+def choose(
+    groups: Sequence[ChannelGroup],
+    values: Sequence[Values],
+    amounts: Sequence[Amount],
+    definition: Definition,
+    structures: Sequence[Hashable] = (),
+) -> tuple[Positions, ...]:
+    """The units that go.
+
+    Units compete within their group ("local"), with all groups ("global") or with groups of equal structure
+    ("isomorphic"); of competing groups those with equal ratios, and a group with a ratio of its own with no other. Of
+    what competes the share is counted as a whole and the least important units go, of equal ones those of the earlier
+    group and of the lower index. No group goes below `min_channels`, above `max_ratio`, or to where one of its layers
+    would have no channel left; then as many units come back as `round_to` asks for, the most important first.
+
+    Args:
+        groups: the channel groups.
+        values: importances of each group's units.
+        amounts: how much of each.
+        definition: count rule, selection and limits.
+        structures: of each group (`slimbridge.prune.coupled.structures`), for isomorphic selection.
 
     Returns:
-        shape (units,), in the order of `group.units`.
-
-    Raises:
-        ModelError: a weight has entries that are not finite.
+        for each group the positions of the units that go, ascending.
     """
-    total: NDArray[np.float64] = np.zeros(group.units.size)
-    count: NDArray[np.float64] = np.zeros(group.units.size)
-    order = np.argsort(group.units, kind="stable")
-    for producer in group.producers:
-        weight = weights[producer.weight]
-        values = importance(weight)
-        if not np.isfinite(values).all():  # NaN and infinity in a weight show in its importance
-            bad = int(np.size(weight) - np.isfinite(weight).sum())
-            raise ModelError(f"layer '{producer.layer}': {bad} of {weight.size} entries of its weight are not finite")
-        place = np.searchsorted(group.units, producer.units, sorter=order)
-        place = order[np.minimum(place, order.size - 1)]
-        inside = group.units[place] == producer.units
-        np.add.at(total, place[inside], values[inside])
-        np.add.at(count, place[inside], 1.0)
-    return np.asarray(total / np.maximum(count, 1.0))
+    chosen = [np.empty(0, np.int64) for _ in groups]
+    for members in _scopes(amounts, definition.selection, structures):
+        found = _in_scope(
+            [groups[index] for index in members],
+            [values[index] for index in members],
+            [amounts[index] for index in members],
+            definition,
+        )
+        for index, positions in zip(members, found, strict=True):
+            chosen[index] = positions
+    return tuple(chosen)
 
 
-def least_important(values: NDArray[np.float64], count: int, stays: Collection[int] = frozenset()) -> NDArray[np.int64]:
-    """Positions of the `count` smallest values, ascending; of equal values the one with the lower index goes first.
+def _scopes(amounts: Sequence[Amount], selection: str, structures: Sequence[Hashable]) -> Iterator[list[int]]:
+    """Indices of the groups that compete, for each competition."""
+    if selection == "isomorphic" and len(structures) != len(amounts):
+        raise ValueError("isomorphic selection needs the structure of each group")
+    scopes: dict[Hashable, list[int]] = {}
+    for index, amount in enumerate(amounts):
+        alone = selection == "local" or amount.own
+        with_whom: Hashable = structures[index] if selection == "isomorphic" else None
+        key: Hashable = index if alone else (amount.ratio, with_whom)
+        if amount.ratio > 0:
+            scopes.setdefault(key, []).append(index)
+    yield from scopes.values()
 
-    Args:
-        values: importances, shape (units,).
-        count: how many; fewer are given where fewer may go.
-        stays: positions that are passed over.
-    """
+
+def _in_scope(
+    groups: Sequence[ChannelGroup], values: Sequence[Values], amounts: Sequence[Amount], definition: Definition
+) -> list[Positions]:
+    ranked = [_removable(group, own) for group, own in zip(groups, values, strict=True)]
+    limits = [min(_limit(a, g.units.size, definition), r.size) for a, g, r in zip(amounts, groups, ranked, strict=True)]
+    ranked = [order[:limit] for order, limit in zip(ranked, limits, strict=True)]
+    before = sum(amount.before for amount in amounts)
+    gone = before - sum(group.units.size for group in groups)
+    count = max(0, remove_count(before, amounts[0].ratio, definition.count_rule) - gone)
+    owner = np.repeat(np.arange(len(groups)), [order.size for order in ranked])
+    joined = np.concatenate([own[order] for own, order in zip(values, ranked, strict=True)])
+    least = owner[np.argsort(joined, kind="stable")[:count]]
+    counts = np.bincount(least, minlength=len(groups)).tolist()
+    return [
+        np.sort(order[: _rounded(group.units.size, goes, definition.round_to)])
+        for group, order, goes in zip(groups, ranked, counts, strict=True)
+    ]
+
+
+def _removable(group: ChannelGroup, values: Values) -> Positions:
+    """Positions that may go, the least important first."""
     order = np.argsort(values, kind="stable")
-    return np.sort(order[~np.isin(order, list(stays))][:count])
+    return np.asarray(order[~np.isin(order, list(last_of_each_layer(group, values)))])
 
 
-def last_of_each_layer(group: ChannelGroup, values: NDArray[np.float64]) -> set[int]:
+def _limit(amount: Amount, units: int, definition: Definition) -> int:
+    """Most units that may go now."""
+    stays = definition.min_channels
+    if definition.max_ratio is not None:
+        stays = max(stays, amount.before - remove_count(amount.before, definition.max_ratio, definition.count_rule))
+    return max(0, units - stays)
+
+
+def _rounded(units: int, goes: int, multiple: int) -> int:
+    """Fewer may go, so that a multiple of `multiple` stays; none where that would be more than there are."""
+    stays = -(-(units - goes) // multiple) * multiple
+    return max(0, units - stays)
+
+
+def last_of_each_layer(group: ChannelGroup, values: Values) -> Collection[int]:
     """Positions of the units without which a layer of the group could lose all its channels.
 
     Layers of unequal width share a group when their channels are joined and then added to others: the most

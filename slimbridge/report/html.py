@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from slimbridge.errors import RunError
 from slimbridge.files import write_file
@@ -18,7 +13,6 @@ from slimbridge.report.figures import (
     StageRow,
     arrow,
     baseline,
-    figure,
     labels,
     latency_lines,
     metric_scale,
@@ -35,7 +29,9 @@ from slimbridge.report.figures import (
     verdict_word,
 )
 from slimbridge.report.figures import count as human_count
+from slimbridge.report.page import render_page
 from slimbridge.report.plots import plots_of
+from slimbridge.report.plots_pruning import sensitivity_tables
 from slimbridge.report.records import Comparison, RunReport, StageRecord
 
 
@@ -77,38 +73,22 @@ def render_html(comparison: Comparison) -> str:
     runs = comparison.runs
     if not runs:
         raise RunError("a report needs at least one run, found none")
-    plots = plots_of(runs)
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            plan=plain(runs[0].plan),
-            metric=plain(runs[0].metric_name),
-            metric_unit=metric_unit(runs[0]),
-            tone=_tone(comparison),
-            headline=_headline(comparison),
-            cards=_cards(runs),
-            plots=plots,
-            plot_specs=[{"data": plot.data, "layout": plot.layout} for plot in plots],
-            verdicts=[(verdict, verdict_word(verdict)) for verdict in comparison.verdicts],
-            has_before=any(stage.metric_before_training is not None for run in runs for stage in run.stages),
-            latency_lines=latency_lines(runs),
-            latency_rule=LATENCY_RULE,
-            notes=note_lines(runs),
-            plotly=Markup(get_plotlyjs()),
-        )
+    return render_page(
+        "report.html.j2",
+        plots_of(runs),
+        plan=plain(runs[0].plan),
+        metric=plain(runs[0].metric_name),
+        metric_unit=metric_unit(runs[0]),
+        tone=_tone(comparison),
+        headline=_headline(comparison),
+        cards=_cards(runs),
+        sensitivities=sensitivity_tables(runs),
+        verdicts=[(verdict, verdict_word(verdict)) for verdict in comparison.verdicts],
+        has_before=any(stage.metric_before_training is not None for run in runs for stage in run.stages),
+        latency_lines=latency_lines(runs),
+        latency_rule=LATENCY_RULE,
+        notes=note_lines(runs),
     )
-
-
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["figure"] = figure
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment
 
 
 def _tone(comparison: Comparison) -> str:

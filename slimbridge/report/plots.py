@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
@@ -21,36 +19,16 @@ from slimbridge.report.figures import (
     simulated,
     times,
 )
+from slimbridge.report.plots_pruning import sensitivity_plots, sparsity_plot
 from slimbridge.report.records import EpochRecord, RunReport, StageRecord
+from slimbridge.report.traces import PATTERNS, SYMBOLS, Plot, finite, line, safe, sentence, span, ticks
 
-_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-_PATTERNS = ("", "/", "x", "-", "|", ".")
 _RATIOS = (
     ("Parameters", "parameters", ""),
     ("MACs", "macs", ""),
     ("File size", "size_bytes", ""),
     ("Latency", "latency", "To the same backend's own baseline. A simulated number format has no ratio."),
 )
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot without colours: the page's script adds those of the current theme.
-
-    Attributes:
-        title: heading above the plot.
-        caption: one sentence under it, "" for none.
-        data: plotly traces; `meta.series` is the number of the run whose colour a trace takes.
-        layout: plotly layout, `height` in pixels included.
-        wide: over the whole width of the page.
-    """
-
-    title: str
-    caption: str
-    data: tuple[dict[str, Any], ...]
-    layout: dict[str, Any]
-    wide: bool = False
 
 
 def plots_of(runs: Sequence[RunReport]) -> list[Plot]:
@@ -63,32 +41,24 @@ def plots_of(runs: Sequence[RunReport]) -> list[Plot]:
         *_recovery_plot(runs, stages),
         *_ratio_plots(runs, stages),
         *(plot for name in stages for plot in _loss_plot(runs, name)),
+        *(plot for name in stages for plot in sparsity_plot(runs, name)),
+        *(plot for name in stages for plot in sensitivity_plots(runs, name)),
     ]
 
 
 def _metric_plot(runs: Sequence[RunReport], stages: Sequence[str]) -> Plot:
     traces = []
     for series, (label, run) in enumerate(zip(labels(runs), runs, strict=True)):
-        values = [_finite(metric_scale(run) * stage.metric) for stage in run.stages]
+        values = [finite(metric_scale(run) * stage.metric) for stage in run.stages]
         hovers = [
             f"{label}, {plain(stage.name)}: {metric_text(run, stage.metric)}{metric_unit(run)}" for stage in run.stages
         ]
         positions = [stages.index(stage.name) for stage in run.stages]
-        traces.append(_line(series, positions, values, hovers))
-    title = f"{_sentence(runs[0].metric_name)} after each stage{metric_unit(runs[0]).replace(' ', ', ')}"
-    vertical: dict[str, Any] = {"range": _span([y for trace in traces for y in trace["y"]])}
-    layout = {"height": 320, "xaxis": {**_ticks(stages), "range": [-0.4, len(stages) - 0.6]}, "yaxis": vertical}
+        traces.append(line(series, positions, values, hovers))
+    title = f"{sentence(runs[0].metric_name)} after each stage{metric_unit(runs[0]).replace(' ', ', ')}"
+    vertical: dict[str, Any] = {"range": span([y for trace in traces for y in trace["y"]])}
+    layout = {"height": 320, "xaxis": {**ticks(stages), "range": [-0.4, len(stages) - 0.6]}, "yaxis": vertical}
     return Plot(title, "The axis does not start at 0.", tuple(traces), layout, wide=True)
-
-
-def _span(values: Iterable[float | None]) -> list[float] | None:
-    """Room above and below, at least two points in all, so that noise does not look like a cliff."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    low, high = min(known), max(known)
-    room = max(0.12 * (high - low), 1 - (high - low) / 2, 0.3)
-    return [low - room, high + room]
 
 
 def _recovery_plot(runs: Sequence[RunReport], stages: Sequence[str]) -> list[Plot]:
@@ -99,14 +69,14 @@ def _recovery_plot(runs: Sequence[RunReport], stages: Sequence[str]) -> list[Plo
         offset = (series - (len(runs) - 1) / 2) * 0.5 / max(1, len(runs))
         for stage in (stage for stage in run.stages if _recovered(stage)):
             before, after = stage.metric_before_training or 0.0, stage.metric
-            symbol = _SYMBOLS[series % len(_SYMBOLS)]
+            symbol = SYMBOLS[series % len(SYMBOLS)]
             change = arrow(metric_text(run, before), metric_text(run, after))
             hover = f"{label}, {plain(stage.name)}: {change}{metric_unit(run)}"
             scale = metric_scale(run)
             row = shown.index(stage.name) + offset
             traces.append(
                 {
-                    **_line(series, [scale * before, scale * after], [row, row], [hover, hover]),
+                    **line(series, [scale * before, scale * after], [row, row], [hover, hover]),
                     "marker": {"size": 10, "symbol": [f"{symbol}-open", symbol]},
                 }
             )
@@ -115,10 +85,10 @@ def _recovery_plot(runs: Sequence[RunReport], stages: Sequence[str]) -> list[Plo
     layout = {
         "height": 90 + 30 * len(shown) * len(runs),
         "xaxis": {"range": [-4, 104], "ticksuffix": " %"} if runs[0].metric_is_share else {},
-        "yaxis": {**_ticks(shown), "range": [len(shown) - 0.5, -0.5]},
+        "yaxis": {**ticks(shown), "range": [len(shown) - 0.5, -0.5]},
     }
     caption = "Hollow: right after the stage's change. Filled: after its training."
-    title = f"{_sentence(runs[0].metric_name)} before and after training{metric_unit(runs[0]).replace(' ', ', ')}"
+    title = f"{sentence(runs[0].metric_name)} before and after training{metric_unit(runs[0]).replace(' ', ', ')}"
     return [Plot(title, caption, tuple(traces), layout, wide=True)]
 
 
@@ -142,7 +112,7 @@ def _ratio_plot(title: str, caption: str, bars: Sequence[dict[str, Any]], stages
         "barmode": "group",
         "bargap": 0.3,
         "xaxis": {"range": [0, 1.3 * max(largest, 1.0)], "showticklabels": False, "showgrid": False},
-        "yaxis": {**_ticks(stages), "range": [len(stages) - 0.5, -0.5]},
+        "yaxis": {**ticks(stages), "range": [len(stages) - 0.5, -0.5]},
     }
     return Plot(f"{title}, share of the baseline", caption, tuple(bars), layout)
 
@@ -169,8 +139,8 @@ def _bars(series: int, label: str, run: RunReport, stages: Sequence[str], attrib
         "textposition": "outside",
         "cliponaxis": False,
         "hoverinfo": "text",
-        "hovertext": [_label(f"{label}, {stage.name}: {text}") for stage, text in zip(run.stages, texts, strict=True)],
-        "marker": {"pattern": {"shape": _PATTERNS[series % len(_PATTERNS)], "fillmode": "overlay", "size": 6}},
+        "hovertext": [safe(f"{label}, {stage.name}: {text}") for stage, text in zip(run.stages, texts, strict=True)],
+        "marker": {"pattern": {"shape": PATTERNS[series % len(PATTERNS)], "fillmode": "overlay", "size": 6}},
         "meta": {"series": series},
     }
 
@@ -182,8 +152,8 @@ def _loss_plot(runs: Sequence[RunReport], name: str) -> list[Plot]:
         for stage in run.stages:
             if stage.name == name and stage.epochs:
                 epochs = [record.epoch for record in stage.epochs]
-                losses = [_finite(sum(record.terms.values())) for record in stage.epochs]
-                traces.append(_line(series, epochs, losses, [_epoch_hover(label, r) for r in stage.epochs]))
+                losses = [finite(sum(record.terms.values())) for record in stage.epochs]
+                traces.append(line(series, epochs, losses, [_epoch_hover(label, r) for r in stage.epochs]))
     if not traces:
         return []
     steps = {"dtick": 1} if max(len(trace["x"]) for trace in traces) <= 12 else {"tickformat": "d"}
@@ -194,40 +164,3 @@ def _loss_plot(runs: Sequence[RunReport], name: str) -> list[Plot]:
 def _epoch_hover(label: str, record: EpochRecord) -> str:
     terms = "".join(f"\n{plain(name)}: {value:.4g}" for name, value in record.terms.items())
     return f"{label}, epoch {record.epoch}: {sum(record.terms.values()):.4g}{terms}"
-
-
-def _line(series: int, x: Sequence[float], y: Sequence[float | None], hovers: Sequence[str]) -> dict[str, Any]:
-    """Later series are dashed and smaller, so that equal curves show both; `hovers` are lines of plain text."""
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": list(x),
-        "y": list(y),
-        "hovertext": [escape(hover).replace("\n", "<br>") for hover in hovers],
-        "hoverinfo": "text",
-        "cliponaxis": False,
-        "line": {"width": 3.5 if series == 0 else 2, "dash": _DASHES[series % len(_DASHES)]},
-        "marker": {"size": 10 if series == 0 else 8, "symbol": _SYMBOLS[series % len(_SYMBOLS)]},
-        "meta": {"series": series},
-    }
-
-
-def _ticks(names: Sequence[str]) -> dict[str, Any]:
-    """Named positions 0, 1, ...; a category axis would guess dates and numbers from the names."""
-    texts = [_label(name) for name in names]
-    return {"tickvals": list(range(len(names))), "ticktext": texts, "autotickangles": [0, -35]}
-
-
-def _label(text: str) -> str:
-    """For text inside a plot, where plotly reads a few HTML tags."""
-    return escape(plain(text))
-
-
-def _sentence(text: str) -> str:
-    """With a capital, the rest as it was."""
-    return plain(text[:1].upper() + text[1:])
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN; a gap in the curve says it."""
-    return value if isfinite(value) else None

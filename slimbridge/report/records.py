@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from slimbridge.curves import Sensitivity
 from slimbridge.errors import RunError
 
 
@@ -62,10 +63,12 @@ class StageRecord(_Record):
         decision_digest: digest of what it decided, None for training alone.
         epochs: its training.
         notes: what a reader must know, e.g. layers that were left alone.
+        sensitivity: the curves that the stage's ratios came from.
+        zeros: masked weight -> zeros and entries, for a stage that masks.
     """
 
     index: int
-    kind: Literal["baseline", "prune", "distill", "quantize", "finetune"]
+    kind: Literal["baseline", "prune", "sparsify", "distill", "quantize", "finetune"]
     name: str
     metric: float
     metric_before_training: float | None = None
@@ -79,6 +82,8 @@ class StageRecord(_Record):
     decision_digest: str | None = None
     epochs: tuple[EpochRecord, ...] = ()
     notes: tuple[str, ...] = ()
+    sensitivity: Sensitivity | None = None
+    zeros: dict[str, tuple[int, int]] = {}
 
 
 class RunReport(_Record):

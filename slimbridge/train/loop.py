@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from slimbridge.plan.schema import TrainSection
-from slimbridge.ports import Array, Backend, Loss, Model, OptimizerSettings
+from slimbridge.ports import Array, Backend, Loss, Model, Optimizer, OptimizerSettings
 from slimbridge.report.records import EpochRecord
 from slimbridge.tasks import Split, batches, epoch_order
 from slimbridge.tasks.data import Batch
@@ -23,6 +23,8 @@ from slimbridge.train.schedules import learning_rate
 
 Objective = Callable[[tuple[Array, ...], Array], Loss]
 """From a batch (inputs, targets) to the loss of the model's pass on it."""
+BeforeStep = Callable[[Model, Optimizer, int, int], None]
+"""Called with the model, its optimizer, the step's number from 0 over the whole training, and steps per epoch."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Training:
         capture: layer paths whose features the loss looks at.
         checkpoint: file to resume from and to write after each epoch; None keeps none.
         progress: who is told.
+        before_step: called before each step; a resumed training calls it with the numbers that an unbroken one would.
+        masks: parameter -> True = trained; the other entries are held at zero, see `Optimizer.hold_zeros`.
     """
 
     settings: TrainSection
@@ -48,6 +52,8 @@ class Training:
     capture: tuple[str, ...] = ()
     checkpoint: Path | None = None
     progress: Progress = field(default_factory=Quiet)
+    before_step: BeforeStep | None = None
+    masks: Mapping[str, Array] = field(default_factory=dict)
 
 
 def train(backend: Backend, model: Model, training: Training) -> tuple[Model, tuple[EpochRecord, ...]]:
@@ -74,28 +80,37 @@ def train(backend: Backend, model: Model, training: Training) -> tuple[Model, tu
         model = backend.write(model, found.weights)
         optimizer.load_state(found.optimizer)
         history = found.history
+    if training.masks:
+        optimizer.hold_zeros(training.masks)
     settings = training.settings
     steps = sum(1 for _ in _epoch(training, 0)) if len(history) < settings.epochs else 1
     training.progress.start(f"{training.stream}: training", settings.epochs * steps)
     for _ in range(len(history) * steps):
         training.progress.step()
     for epoch in range(len(history), settings.epochs):
-        started = time.perf_counter()
-        seed_all(backend, derived_seed(training.seed, training.stream, epoch))
-        mean = _Mean()
-        rate = 0.0
-        for step, (inputs, targets) in enumerate(_epoch(training, epoch)):
-            rate = learning_rate(settings, epoch * steps + step, steps)
-            optimizer.set_lr(rate)
-            loss = training.objective(inputs, targets)
-            mean.add(backend.train_step(model, optimizer, inputs, loss, training.capture), len(targets))
-            training.progress.step(f"epoch {epoch + 1}/{settings.epochs}, loss {mean.total():.4f}")
-        seconds = time.perf_counter() - started
-        record = EpochRecord(epoch=epoch + 1, terms=mean.terms(), learning_rate=rate, seconds=round(seconds, 3))
-        history = (*history, record)
+        history = (*history, _one_epoch(backend, model, optimizer, training, epoch, steps))
         if training.checkpoint is not None:
             save_checkpoint(training.checkpoint, Checkpoint(backend.read(model), optimizer.state(), history))
     return model, history
+
+
+def _one_epoch(
+    backend: Backend, model: Model, optimizer: Optimizer, training: Training, epoch: int, steps: int
+) -> EpochRecord:
+    started = time.perf_counter()
+    seed_all(backend, derived_seed(training.seed, training.stream, epoch))
+    mean = _Mean()
+    rate = 0.0
+    for number, (inputs, targets) in enumerate(_epoch(training, epoch), epoch * steps):
+        rate = learning_rate(training.settings, number, steps)
+        optimizer.set_lr(rate)
+        if training.before_step is not None:
+            training.before_step(model, optimizer, number, steps)
+        loss = training.objective(inputs, targets)
+        mean.add(backend.train_step(model, optimizer, inputs, loss, training.capture), len(targets))
+        training.progress.step(f"epoch {epoch + 1}/{training.settings.epochs}, loss {mean.total():.4f}")
+    seconds = time.perf_counter() - started
+    return EpochRecord(epoch=epoch + 1, terms=mean.terms(), learning_rate=rate, seconds=round(seconds, 3))
 
 
 def optimizer_settings(settings: TrainSection) -> OptimizerSettings:

@@ -11,7 +11,9 @@ from slimbridge.ports import Backend, Model
 from slimbridge.zoo.lenet import lenet
 from slimbridge.zoo.mobilenet_v1 import mobilenet_v1, mobilenet_v1_small
 from slimbridge.zoo.mobilenet_v2 import mobilenet_v2, mobilenet_v2_small
+from slimbridge.zoo.mobilenet_v3 import mobilenet_v3_large, mobilenet_v3_small
 from slimbridge.zoo.resnet import resnet18, resnet18_small, resnet50, resnet50_small
+from slimbridge.zoo.vgg import vgg11, vgg11_small, vgg16
 from slimbridge.zoo.weights import initial_weights
 
 __all__ = ["Entry", "build", "entry", "initial_weights", "models"]
@@ -43,6 +45,8 @@ class Entry:
 _LECUN = "LeCun, Bottou, Bengio, Haffner: Gradient-based learning applied to document recognition, 1998"
 _HOWARD = "Howard et al.: MobileNets: efficient convolutional neural networks for mobile vision, arXiv 1704.04861"
 _SANDLER = "Sandler et al.: MobileNetV2: inverted residuals and linear bottlenecks, arXiv 1801.04381"
+_HOWARD_V3 = "Howard et al.: Searching for MobileNetV3, arXiv 1905.02244"
+_SIMONYAN = "Simonyan, Zisserman: Very deep convolutional networks for large-scale image recognition, arXiv 1409.1556"
 _HE = "He, Zhang, Ren, Sun: Deep residual learning for image recognition, arXiv 1512.03385"
 _SMALL = "for small images: 3x3 stem of stride 1, 8 times smaller at the end"
 
@@ -50,6 +54,26 @@ _MODELS = (
     Entry("lenet", lenet, 1, 28, {"image_size": 28}, "two convolutions, three linear layers", _LECUN),
     Entry("mobilenet_v1", mobilenet_v1, 3, 224, {"width": 32}, "depthwise separable convolutions", _HOWARD),
     Entry("mobilenet_v2", mobilenet_v2, 3, 224, {"width": 32, "dropout": 0.2}, "inverted residuals", _SANDLER),
+    Entry(
+        "mobilenet_v3_small",
+        mobilenet_v3_small,
+        3,
+        224,
+        {"width": 16, "dropout": 0.2},
+        "inverted residuals with gates, 11 blocks",
+        _HOWARD_V3,
+    ),
+    Entry(
+        "mobilenet_v3_large",
+        mobilenet_v3_large,
+        3,
+        224,
+        {"width": 16, "dropout": 0.2},
+        "inverted residuals with gates, 15 blocks",
+        _HOWARD_V3,
+    ),
+    Entry("vgg11", vgg11, 3, 224, {"width": 64, "dropout": 0.5}, "8 convolutions, 3 linear layers", _SIMONYAN),
+    Entry("vgg16", vgg16, 3, 224, {"width": 64, "dropout": 0.5}, "13 convolutions, 3 linear layers", _SIMONYAN),
     Entry("resnet18", resnet18, 3, 224, {"width": 64}, "basic residual blocks", _HE),
     Entry("resnet50", resnet50, 3, 224, {"width": 64}, "bottleneck residual blocks", _HE),
     Entry("mobilenet_v1_small", mobilenet_v1_small, 3, 8, {"width": 16}, f"mobilenet_v1 {_SMALL}", _HOWARD),
@@ -63,6 +87,7 @@ _MODELS = (
         f"mobilenet_v2 {_SMALL}",
         _SANDLER,
     ),
+    Entry("vgg11_small", vgg11_small, 3, 8, {"width": 16}, f"vgg11, normalised, one linear layer, {_SMALL}", _SIMONYAN),
     Entry("resnet18_small", resnet18_small, 3, 8, {"width": 16}, f"resnet18 {_SMALL}", _HE),
     Entry("resnet50_small", resnet50_small, 3, 8, {"width": 16}, f"resnet50 {_SMALL}", _HE),
 )

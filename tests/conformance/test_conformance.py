@@ -5,11 +5,22 @@ from __future__ import annotations
 import pytest
 
 # The modules register their cases when they are imported.
-from slimbridge.conformance import CASES, models, operations, run_conformance, surgery, tracing, training
+from slimbridge.conformance import (
+    CASES,
+    layers,
+    masks,
+    models,
+    operations,
+    removals,
+    run_conformance,
+    surgery,
+    tracing,
+    training,
+)
 from slimbridge.conformance.suite import Bench, case
 from slimbridge.ports import Backend, Device
 
-MODULES = (models, operations, surgery, tracing, training)
+MODULES = (layers, masks, models, operations, removals, surgery, tracing, training)
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -12,13 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slimbridge.conformance import CASES, models, operations, run_conformance, surgery, tracing, training
+from slimbridge.conformance import (
+    CASES,
+    layers,
+    masks,
+    models,
+    operations,
+    removals,
+    run_conformance,
+    surgery,
+    tracing,
+    training,
+)
 from slimbridge.conformance.suite import Bench
 from slimbridge.decisions import PruneDecision, QuantizeDecision
 from slimbridge.graph import Graph
 from slimbridge.ports import Array, Backend, Device, Loss, Model, Optimizer, OptimizerSettings, Pass, Tensor
 
-MODULES = (models, operations, surgery, tracing, training)
+MODULES = (layers, masks, models, operations, removals, surgery, tracing, training)
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -205,6 +216,158 @@ class LostCoupling(Honest):
         return replace(graph, nodes=nodes)
 
 
+class SwappedTransposed(Honest):
+    """Transposed convolutions are read and written as (out, in) where that does not show in the shape."""
+
+    @staticmethod
+    def _swap(arrays: Mapping[str, Array]) -> dict[str, Array]:
+        def square(array: Array) -> bool:
+            return array.ndim == 4 and array.shape[0] == array.shape[1]
+
+        return {name: a.swapaxes(0, 1).copy() if square(a) else a for name, a in arrays.items()}
+
+    def read(self, model: Model) -> dict[str, Array]:
+        return self._swap(self.inner.read(model))
+
+    def write(self, model: Model, arrays: Mapping[str, Array], partial: bool = False) -> Model:
+        return self.inner.write(model, self._swap(arrays), partial)
+
+
+class WrongSlope(Honest):
+    """LeakyReLU takes no notice of its slope."""
+
+    class _Names(Honest):
+        def LeakyReLU(self, slope: float) -> Any:  # noqa: N802
+            return self.inner.LeakyReLU(0.01)
+
+    @property
+    def nn(self) -> Any:
+        return self._Names(self.inner.nn)
+
+
+class OneGroup(Honest):
+    """GroupNorm normalises all channels together."""
+
+    class _Names(Honest):
+        def GroupNorm(self, groups: int, channels: int) -> Any:  # noqa: N802
+            return self.inner.GroupNorm(1, channels)
+
+    @property
+    def nn(self) -> Any:
+        return self._Names(self.inner.nn)
+
+
+class OrdinaryConvolutions(Honest):
+    """The trace takes transposed convolutions for ordinary ones."""
+
+    def trace(self, model: Model, inputs: Sequence[Array]) -> Graph:
+        graph = self.inner.trace(model, inputs)
+        nodes = tuple(
+            replace(node, attrs={**node.attrs, "transposed": False}) if node.kind == "conv" else node
+            for node in graph.nodes
+        )
+        return replace(graph, nodes=nodes)
+
+
+class FirstRows(Honest):
+    """Surgery keeps the first entries of each layer's inputs on the way to the right shape."""
+
+    def remove_channels(self, model: Model, decision: PruneDecision, optimizer: Optimizer | None = None) -> Model:
+        kept = {
+            name: {axis: tuple(range(len(stays))) if axis == 1 else stays for axis, stays in axes.items()}
+            for name, axes in decision.kept.items()
+        }
+        return self.inner.remove_channels(model, decision.model_copy(update={"kept": kept}), optimizer)
+
+
+class ShiftedNorm(Honest):
+    """Surgery keeps the first entries of each vector."""
+
+    def remove_channels(self, model: Model, decision: PruneDecision, optimizer: Optimizer | None = None) -> Model:
+        kept = {
+            name: {0: tuple(range(len(axes[0])))} if len(decision.sizes[name]) == 1 else axes
+            for name, axes in decision.kept.items()
+        }
+        return self.inner.remove_channels(model, decision.model_copy(update={"kept": kept}), optimizer)
+
+
+class StaleHeads(Honest):
+    """Surgery does not tell layers how many attention heads they have left."""
+
+    def remove_channels(self, model: Model, decision: PruneDecision, optimizer: Optimizer | None = None) -> Model:
+        return self.inner.remove_channels(model, decision.model_copy(update={"heads": {}}), optimizer)
+
+
+class ForgottenZeros(Honest):
+    """Zeros are held for one step only."""
+
+    def train_step(
+        self, model: Model, optimizer: Optimizer, inputs: Sequence[Array], loss: Loss, capture: Sequence[str] = ()
+    ) -> dict[str, float]:
+        terms: dict[str, float] = self.inner.train_step(model, optimizer, inputs, loss, capture)
+        optimizer.hold_zeros({})
+        return terms
+
+
+class AddedZeros(Honest):
+    """A call of `hold_zeros` adds to the calls before, so that nothing is ever lifted."""
+
+    def make_optimizer(self, model: Model, settings: OptimizerSettings) -> Optimizer:
+        optimizer = self.inner.make_optimizer(model, settings)
+        hold, held = optimizer.hold_zeros, {}
+
+        def add(masks: Mapping[str, Array]) -> None:
+            hold({**held, **masks})
+            held.update(masks)
+
+        optimizer.hold_zeros = add
+        return optimizer
+
+
+class UnslicedZeros(Honest):
+    """Surgery lifts what is held."""
+
+    def remove_channels(self, model: Model, decision: PruneDecision, optimizer: Optimizer | None = None) -> Model:
+        shape = decision.sizes["weight"]
+        model = self.inner.remove_channels(model, decision, optimizer)
+        kept = decision.kept["weight"][1]
+        if optimizer is not None:
+            optimizer.hold_zeros({"weight": np.ones((shape[0], len(kept)), bool)})
+        return model
+
+
+class ChangedPass(Honest):
+    """Losses see the parameters as `change` gives them."""
+
+    def change(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        raise NotImplementedError
+
+    def gradients(self, model: Model, inputs: Sequence[Array], loss: Loss, train: bool = False) -> dict[str, Array]:
+        def changed(result: Pass) -> Mapping[str, Tensor]:
+            return loss(result._replace(parameters=self.change(result.parameters)))
+
+        return self.inner.gradients(model, inputs, changed, train)
+
+
+class DetachedParameters(ChangedPass):
+    """No gradient flows to them."""
+
+    def change(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {name: self.inner.ops.stop_gradient(tensor) for name, tensor in parameters.items()}
+
+
+class NoParameters(Honest):
+    """A pass without gradient leaves them out."""
+
+    def forward(self, model: Model, inputs: Sequence[Array | Tensor], capture: Sequence[str] = ()) -> Pass:
+        return self.inner.forward(model, inputs, capture)._replace(parameters={})
+
+
+_HEADS = "surgery: attention loses whole heads, and knows their number"
+_ZEROS = "masks: held zeros stay zero over steps, the others train as ever"
+_PARAMETERS = "parameters: a loss reads them in canonical layout, and its gradient flows"
+_TRANSPOSED = "layers: a transposed convolution equals its definition, weights (in, out / groups, height, width)"
+
 FAULTS: tuple[tuple[Callable[[Any], Honest], str], ...] = (
     (SwappedAxes, "layout: linear weights are (out, in)"),
     (SharedClone, "weights: read, write, clone"),
@@ -223,6 +386,19 @@ FAULTS: tuple[tuple[Callable[[Any], Honest], str], ...] = (
     (WrongCapture, "forward: eval mode, features by path"),
     (HalfAway, "ops: round goes half to even"),
     (LostCoupling, "trace: channel groups as derived by hand"),
+    (OrdinaryConvolutions, "trace: a transposed convolution says so"),
+    (SwappedTransposed, _TRANSPOSED),
+    (WrongSlope, "layers: activations and functions equal NumPy's"),
+    (OneGroup, "layers: LayerNorm and GroupNorm equal their formulas"),
+    (FirstRows, "surgery: a transposed convolution loses inputs and outputs"),
+    (ShiftedNorm, "surgery: a GroupNorm loses whole groups"),
+    (StaleHeads, _HEADS),
+    (FirstRows, _HEADS),
+    (ForgottenZeros, _ZEROS),
+    (AddedZeros, _ZEROS),
+    (UnslicedZeros, "masks: held zeros follow their channels through surgery"),
+    (DetachedParameters, _PARAMETERS),
+    (NoParameters, _PARAMETERS),
 )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from slimbridge.conformance.surgery import sliced
 from slimbridge.discovery import get_backend
 from slimbridge.errors import ModelError
-from slimbridge.graph import Graph, Node, Units, cost_of, find_units
+from slimbridge.graph import Graph, Node, Rules, Units, cost_of, cost_without, find_units
 from slimbridge.graph.ids import Ledger, along, same_shape_axes, spread, thin, varies
 from slimbridge.graph.reshapes import axis_map
 from slimbridge.parity import relative, tolerance
@@ -74,7 +74,7 @@ class Build:
         return Graph(tuple(self.nodes), self.shapes, (self.x,), outputs, self.parameters)
 
     def units(self, *outputs: int, freeze_reshapes: bool = False) -> Units:
-        return find_units(self.graph(*outputs), freeze_reshapes)
+        return find_units(self.graph(*outputs), Rules(freeze_reshapes=freeze_reshapes))
 
 
 def names(units: Units) -> list[tuple[str, ...]]:
@@ -355,21 +355,157 @@ def test_a_reduction_or_softmax_over_channels_freezes_over_space_it_does_not() -
         assert names(b.units(b.head(x))) == free
 
 
-@pytest.mark.parametrize("kind", ["layer_norm", "group_norm"])
-def test_a_normalisation_over_channels_freezes(kind: str) -> None:
+def test_a_layer_norm_over_channels_freezes_unless_told() -> None:
+    b = Build(1, 5, 6)
+    x = b.add("layer_norm", [b.linear(b.x, 4, "a")], (1, 5, 4), "n", params={"weight": "n.weight"}, axes=(2,))
+    b.parameters["n.weight"] = (4,)
+    graph = b.graph(b.linear(x, 2, "fc"))
+    held = find_units(graph)
+    assert names(held) == []
+    assert "'layer_norm' in layer 'n'" in str(reason(held, "a"))
+    free = find_units(graph, Rules(layer_norms=True))
+    assert names(free) == [("a",)]
+    unit = int(free.groups()[0].units[1])
+    assert unit in free.inexact
+    assert free.kept({unit})["n.weight"] == {0: (0, 2, 3)}
+
+
+def test_a_group_norm_loses_whole_groups() -> None:
     b = Build(1, 3, 4, 4)
-    units = b.units(b.head(b.norm(b.conv(b.x, 4, "a"), "n", kind)))
+    x = b.add("group_norm", [b.conv(b.x, 6, "a")], (1, 6, 4, 4), "n", params={"weight": "n.weight"}, groups=3)
+    b.parameters["n.weight"] = (6,)
+    units = find_units(b.graph(b.head(x)))
+    assert sizes(units) == [3]
+    first = int(units.groups()[0].units[0])
+    assert units.kept({first})["n.weight"] == {0: (2, 3, 4, 5)}
+    assert not units.inexact
+
+
+def test_a_group_norm_of_one_group_freezes() -> None:
+    b = Build(1, 3, 4, 4)
+    x = b.add("group_norm", [b.conv(b.x, 6, "a")], (1, 6, 4, 4), "n", groups=1)
+    units = find_units(b.graph(b.head(x)))
     assert names(units) == []
-    assert f"'{kind}' in layer 'n'" in str(reason(units, "a"))
+    assert "'group_norm' in layer 'n'" in str(reason(units, "a"))
 
 
-def test_a_product_of_activations_freezes_both() -> None:
+def test_a_product_of_activations_unites_what_it_sums_over() -> None:
+    b = Build(1, 4, 6)
+    q, k, v = (b.linear(b.x, 5, name) for name in "qkv")
+    scores = b.add("matmul", [q, b.add("transpose", [k], (1, 5, 4), perm=(0, 2, 1))], (1, 4, 4), "scores")
+    scores = b.add("softmax", [scores], (1, 4, 4), axis=2)
+    graph = b.graph(b.linear(b.add("matmul", [scores, v], (1, 4, 5), "mix"), 2, "fc"))
+    assert names(find_units(graph)) == [("q", "k"), ("v",)]
+    held = find_units(graph, Rules(freeze_attention=True))
+    assert names(held) == []
+    assert "two activations are multiplied by 'matmul' in layer 'scores'" in str(reason(held, "q"))
+
+
+def attention(b: Build, heads: int, size: int, fused: bool) -> int:
+    """Softmax attention over 4 tokens of 6 channels, q, k, v separate or from one layer; gives the output's id."""
+    width = heads * size
+    if fused:
+        cut = b.add("reshape", [b.linear(b.x, 3 * width, "qkv")], (1, 4, 3, heads, size), "attn")
+        cut = b.add("transpose", [cut], (3, 1, heads, 4, size), perm=(2, 0, 3, 1, 4))
+        pieces = b.many("split", [cut], [(1, 1, heads, 4, size)] * 3, axis=0, sizes=(1, 1, 1))
+        q, k, v = (b.add("reshape", [piece], (1, heads, 4, size), "attn") for piece in pieces)
+    else:
+        cut_up = [b.add("reshape", [b.linear(b.x, width, name)], (1, 4, heads, size), "attn") for name in "qkv"]
+        q, k, v = (b.add("transpose", [piece], (1, heads, 4, size), perm=(0, 2, 1, 3)) for piece in cut_up)
+    scores = b.add("matmul", [q, b.add("transpose", [k], (1, heads, size, 4), perm=(0, 1, 3, 2))], (1, heads, 4, 4))
+    mixed = b.add("matmul", [b.add("softmax", [scores], (1, heads, 4, 4), axis=3), v], (1, heads, 4, size))
+    mixed = b.add("transpose", [mixed], (1, 4, heads, size), perm=(0, 2, 1, 3))
+    return b.linear(b.add("reshape", [mixed], (1, 4, width), "attn"), 2, "out")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_whole_attention_heads(fused: bool) -> None:
+    b = Build(1, 4, 6)
+    units = find_units(b.graph(attention(b, heads=3, size=2, fused=fused)), Rules(heads=True))
+    assert sizes(units) == [3]
+    assert list(units.heads) == ["attn"]
+    kept = units.kept({int(units.heads["attn"][1])})
+    assert kept["out.weight"] == {1: (0, 1, 4, 5)}
+    if fused:
+        assert kept["qkv.weight"] == {0: tuple(i + 6 * j for j in range(3) for i in (0, 1, 4, 5))}
+    else:
+        assert all(kept[f"{name}.weight"] == {0: (0, 1, 4, 5)} for name in "qkv")
+
+
+def test_positions_within_heads_shrink_alike() -> None:
+    b = Build(1, 4, 6)
+    units = find_units(b.graph(attention(b, heads=3, size=2, fused=False)))
+    assert names(units) == [("q", "k"), ("v",)]
+    assert sizes(units) == [2, 2]
+    assert units.kept({int(units.groups()[1].units[0])})["out.weight"] == {1: (1, 3, 5)}
+
+
+def test_channel_attention_is_frozen() -> None:
+    """q and k are multiplied over the tokens: their channels stay as two axes of the product."""
     b = Build(1, 4, 6)
     q, k = b.linear(b.x, 5, "q"), b.linear(b.x, 5, "k")
-    x = b.add("matmul", [q, b.add("transpose", [k], (1, 5, 4), perm=(0, 2, 1))], (1, 4, 4), "scores")
+    x = b.add("matmul", [b.add("transpose", [q], (1, 5, 4), perm=(0, 2, 1)), k], (1, 5, 5), "scores")
     units = b.units(b.linear(x, 2, "fc"))
+    assert sizes(units) in ([], [1])
+
+
+@pytest.mark.parametrize(("groups", "kept_in", "kept_out"), [(1, (0, 2, 3), (0, 1, 3)), (2, (0, 2), (1, 3))])
+def test_a_transposed_convolution(groups: int, kept_in: tuple[int, ...], kept_out: tuple[int, ...]) -> None:
+    b = Build(1, 3, 4, 4)
+    b.parameters |= {"t.weight": (4, 4 // groups, 2, 2), "t.bias": (4,)}
+    x = b.add(
+        "conv", [b.conv(b.x, 4, "a")], (1, 4, 8, 8), "t", params={"weight": "t.weight", "bias": "t.bias"},
+        groups=groups, transposed=True,
+    )  # fmt: skip
+    graph = b.graph(b.head(x))
+    units = find_units(graph)
+    assert [(p.layer, p.kind) for p in units.producers][:2] == [("a", "conv"), ("t", "transposed")]
+    before, after = units.groups()[0].units, units.groups()[1].units
+    removed = {int(before[1 if groups == 1 else 1]), int(after[2 if groups == 1 else 0])}
+    kept = units.kept(removed)
+    assert kept["t.weight"] == {0: kept_in, 1: kept_out if groups == 1 else (1,)}
+    assert kept["t.bias"] == {0: kept_out}
+    assert cost_without(graph, units, removed).macs < cost_of(graph).macs
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1, 1), (4, 4, 4)])
+def test_a_parameter_outside_any_layer_goes_with_the_channels_it_meets(shape: tuple[int, ...]) -> None:
+    b = Build(1, 3, 4, 4)
+    b.parameters["scale"] = shape
+    scale = b.constant(*shape, value="scale")
+    units = b.units(b.head(b.add("binary", [b.conv(b.x, 4, "a"), scale], (1, 4, 4, 4), op="mul")))
+    assert names(units) == [("a",)]
+    kept = units.kept({int(units.groups()[0].units[2])})
+    assert kept["scale"] == {shape.index(4): (0, 1, 3)}
+
+
+def test_a_quotient_by_a_parameter_freezes() -> None:
+    """Zeroed, the parameter would make 0 / 0."""
+    b = Build(1, 3, 4, 4)
+    b.parameters["scale"] = (4, 1, 1)
+    scale = b.constant(4, 1, 1, value="scale")
+    units = b.units(b.head(b.add("binary", [b.conv(b.x, 4, "a"), scale], (1, 4, 4, 4), op="div")))
     assert names(units) == []
-    assert "two activations are multiplied by 'matmul' in layer 'scores'" in str(reason(units, "q"))
+
+
+def test_cost_without_units_is_the_cost_of_the_smaller_model() -> None:
+    backend = get_backend("torch")
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8),
+        nn.Flatten(), nn.Linear(8 * 16, 3),
+    )  # fmt: skip
+    image = np.zeros((2, 3, 10, 10), np.float32)
+    graph = backend.trace(net, [image])
+    units = find_units(graph)
+    removed = {int(group.units[0]) for group in units.groups()}
+    decision = Pruner(PruneStage(pruning_ratio=0.5)).decide(graph, backend.read(net))
+    kept = units.kept(removed)
+    by_hand = decision.model_copy(
+        update={"kept": kept, "sizes": {name: tuple(graph.parameters[name]) for name in kept}}
+    )
+    smaller = cost_of(backend.trace(backend.remove_channels(net, by_hand), [image]))
+    expected = cost_without(graph, units, removed)
+    assert (expected.macs, expected.parameters) == (smaller.macs, smaller.parameters)
 
 
 def test_concat_of_a_tensor_with_itself() -> None:

@@ -166,12 +166,24 @@ def test_parameters_outside_layers_are_constants(backend: Any) -> None:
     ]  # fmt: skip
 
 
+class Warp(nn.Layer):
+    """A convolution that reads its input at places that it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = self.create_parameter([1, 4, 1, 1])
+
+    def forward(self, x: Any) -> Any:
+        """Reads each place itself."""
+        return paddle.vision.ops.deform_conv2d(x, paddle.zeros([2, 2, 6, 6]), self.weight)
+
+
 def test_unknown_operations_list_all_they_touch(backend: Any) -> None:
     def forward(m: Any, x: Any) -> Any:
-        return m.up(x) + paddle.cumsum(x, axis=1)[:, :1]
+        return m.flow(x) + paddle.cumsum(x, axis=1)[:, :1]
 
-    graph = backend.trace(net(forward, up=nn.Conv2DTranspose(4, 1, 1)), [IMAGE])
-    assert graph.unknown_ops() == ("conv2d_transpose in 'up'", "cumsum in ''")
+    graph = backend.trace(net(forward, flow=Warp()), [IMAGE])
+    assert graph.unknown_ops() == ("deformable_conv in 'flow'", "cumsum in ''")
     first = next(node for node in graph.nodes if node.kind == "unknown")
     assert graph.inputs[0] in first.inputs and len(first.inputs) == 2  # the input and the weight
 

@@ -18,7 +18,8 @@
       marker.pattern = Object.assign({}, marker.pattern, { fgcolor: colour("panel"), fgopacity: 0.45 });
     }
     const line = trace.line && Object.assign({}, trace.line, { color: own });
-    return Object.assign({}, trace, { marker: marker }, line ? { line: line } : {});
+    const error = trace.error_y && Object.assign({}, trace.error_y, { color: own });
+    return Object.assign({}, trace, { marker: marker }, line ? { line: line } : {}, error ? { error_y: error } : {});
   }
 
   function axis(given) {
@@ -35,9 +36,10 @@
 
   function layout(given) {
     return Object.assign({}, given, {
-      xaxis: axis(given.xaxis), yaxis: axis(given.yaxis), showlegend: false, dragmode: false, autosize: true,
+      xaxis: axis(given.xaxis), yaxis: axis(given.yaxis), showlegend: given.showlegend === true, dragmode: false, autosize: true,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 8, r: 12, t: 10, b: 8 },
       font: { family: getComputedStyle(document.body).fontFamily, color: colour("ink"), size: 12 },
+      legend: Object.assign({ font: { color: colour("ink"), size: 12 } }, given.legend),
       hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("line"), font: { color: colour("ink") }, align: "left" }
     });
   }

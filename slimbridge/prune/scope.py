@@ -1,0 +1,124 @@
+"""Which layers a stage prunes, by how much each, and why the others are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from slimbridge.decisions import Skipped
+from slimbridge.errors import ModelError, listed, nearest
+from slimbridge.graph import ChannelGroup, UnitProducer, Units
+from slimbridge.plan.pruning import PruneStage
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The channel groups that a stage may prune.
+
+    Attributes:
+        groups: in graph order.
+        ratios: of each group its own share (from `layer_ratios`); None: the stage's.
+        skipped: layers left alone, with the reason.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    ratios: tuple[float | None, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def scope_of(stage: PruneStage, units: Units) -> Scope:
+    """What the stage's patterns and kinds leave.
+
+    Raises:
+        ModelError: a pattern matches no layer, or two ratios meet in one group.
+    """
+    layers = [producer.layer for producer in units.producers]
+    ignored = {
+        **{layer: "ignored_layers names it" for layer in matching(stage.ignored_layers, layers, "ignored_layers")},
+        **{p.layer: f"ignored_kinds names '{p.kind}'" for p in units.producers if p.kind in stage.ignored_kinds},
+    }
+    own = _own_ratios(stage.layer_ratios, layers)
+    groups, ratios = [], []
+    whole = stage.pruning_ratio is not None or stage.target is not None or stage.sensitivity is not None
+    found = units.groups()
+    for group in found:
+        ratio = _ratio_of(group, own)
+        if not any(layer in ignored for layer in group.layers) and (whole or ratio is not None):
+            groups.append(group)
+            ratios.append(ratio)
+    named = {layer for group in groups for layer in group.layers}
+    return Scope(tuple(groups), tuple(ratios), tuple(_skipped(units, found, ignored, named)))
+
+
+def matching(patterns: Collection[str], layers: Sequence[str], key: str) -> set[str]:
+    """The layers that patterns match; ModelError names one that matches none."""
+    matched: set[str] = set()
+    for pattern in patterns:
+        found = [layer for layer in layers if fnmatchcase(layer, pattern)]
+        if not found:
+            raise ModelError(
+                f"{key}: '{pattern}' matches none of the {len(layers)} convolution and linear layers"
+                f"{nearest(pattern, layers)}; they are: {listed(layers)}"
+            )
+        matched.update(found)
+    return matched
+
+
+def units_before(group: ChannelGroup, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Units that the group had when the model had these parameter shapes; as many as now where that is not known.
+
+    The group's first layer tells: it has lost as many channels as units, times its channels per unit.
+    """
+    first = group.producers[0]
+    shape = shapes.get(first.weight)
+    if shape is None:
+        return int(group.units.size)
+    inside = np.isin(first.units, group.units)
+    per_unit = int(inside.sum()) // max(np.unique(first.units[inside]).size, 1)
+    outputs = int(shape[0]) if first.kind != "transposed" else int(shape[1]) * _groups(first, shapes)
+    return int(group.units.size + max(outputs - first.units.size, 0) // max(per_unit, 1))
+
+
+def _groups(first: UnitProducer, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Groups of a transposed convolution: the weight (in, out / groups, ...) does not say, its present outputs do."""
+    return max(first.units.size // max(int(shapes[first.weight][1]), 1), 1)
+
+
+def _own_ratios(ratios: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
+    """Layer -> its own ratio; of several patterns that match a layer the last counts."""
+    own: dict[str, float] = {}
+    for pattern, ratio in ratios.items():
+        own.update(dict.fromkeys(matching((pattern,), layers, "layer_ratios"), ratio))
+    return own
+
+
+def _ratio_of(group: ChannelGroup, own: Mapping[str, float]) -> float | None:
+    given = {layer: own[layer] for layer in group.layers if layer in own}
+    if len(set(given.values())) > 1:
+        pairs = listed((f"'{layer}' {ratio}" for layer, ratio in given.items()), 4)
+        raise ModelError(f"layer_ratios: these layers share their channels but have unlike ratios: {pairs}")
+    return next(iter(given.values()), None)
+
+
+def _skipped(
+    units: Units, groups: Sequence[ChannelGroup], ignored: Mapping[str, str], named: set[str]
+) -> Iterator[Skipped]:
+    partners = {layer: group.layers for group in groups for layer in group.layers}
+    for producer in units.producers:
+        reason = units.why_frozen(producer)
+        if reason is None and producer.layer not in named:
+            reason = _why_left(producer.layer, partners.get(producer.layer, ()), ignored)
+        if reason is not None:
+            yield Skipped(layer=producer.layer, reason=reason)
+
+
+def _why_left(layer: str, partners: Collection[str], ignored: Mapping[str, str]) -> str:
+    if layer in ignored:
+        return ignored[layer]
+    tied = [partner for partner in partners if partner in ignored]
+    if tied:
+        return f"its channels are tied to '{tied[0]}': {ignored[tied[0]]}"
+    return "layer_ratios names neither it nor a layer of its group"

@@ -38,13 +38,12 @@ def prune_stage(scene: Scene, name: str, stage: PruneStage, model: Model) -> Out
     if stage.preparation is not None:
         model, epochs = _prepare(scene, name, stage, model)
     scene.progress.start(f"{name}: choosing channels", 1)
-    before = scene.backend.trace(model, scene.example)
-    basis, found = _basis(scene, name, stage, model, before)
-    model, decision = _decided(scene, name, stage, model, basis)
+    whole = model
+    basis, found = _basis(scene, name, stage, whole, scene.backend.trace(whole, scene.example))
+    model, decision = _decided(scene, name, stage, whole, basis)
     masks = masks_in_force([*scene.decisions, decision])
     candidates = sum(layer.kind in ("conv", "conv_transpose", "linear") for layer in scene.backend.layers(model))
-    after = scene.backend.trace(model, scene.example)
-    lines = (*_prune_notes(stage, decision, candidates), *_target_notes(stage, basis, before, after))
+    lines = (*_prune_notes(stage, decision, candidates), *_target_notes(scene, stage, basis, (whole, model)))
     outcome = Outcome(model, decision, epochs=epochs, notes=lines, sensitivity=found)
     if stage.finetune is None:
         return outcome
@@ -71,7 +70,7 @@ def _decided(scene: Scene, name: str, stage: PruneStage, model: Model, basis: Ba
     if path.exists():
         known = load_decision(path)
         assert isinstance(known, PruneDecision)
-        return scene.backend.remove_channels(model, known), known
+        return scene.backend.remove_channels(scene.backend.clone(model), known), known
     model, decision = Pruner(stage, basis).prune(scene.backend, model, scene.example)
     write_file(path, decision_to_json(decision))
     return model, decision
@@ -198,15 +197,21 @@ def _prune_notes(stage: PruneStage, decision: PruneDecision, candidates: int) ->
     return (line, *unproved, *skipped_notes(decision.skipped))
 
 
-def _target_notes(stage: PruneStage, basis: Basis, before: Graph, after: Graph) -> tuple[str, ...]:
-    """Was the target reached? Of a latency the report has the measured figures."""
+def _target_notes(scene: Scene, stage: PruneStage, basis: Basis, models: tuple[Model, Model]) -> tuple[str, ...]:
+    """Was the target reached? From the models before and after."""
     target = stage.target
     if target is None:
         return ()
-    if target.of == "latency":
-        return (f"target: {target.remove:.1%} of the latency to remove, by measuring; see the latencies",)
     known = basis.initial_cost if stage.relative_to != "current" else None
-    whole = known[target.of] if known else float(getattr(cost_of(before), target.of))
-    removed = 1.0 - float(getattr(cost_of(after), target.of)) / whole
+    before, after = models
+    if target.of == "latency":
+        assert basis.latency is not None
+        whole = known[target.of] if known else basis.latency(before)
+        removed = 1.0 - basis.latency(after) / whole
+        why = "times vary from one measurement to the next, and channels go whole"
+        return (target_note("the latency (measured again)", target.remove, removed, why),)
+    costs = [cost_of(scene.backend.trace(model, scene.example)) for model in models]
+    whole = known[target.of] if known else float(getattr(costs[0], target.of))
+    removed = 1.0 - float(getattr(costs[1], target.of)) / whole
     why = "layers that may not be pruned, whole channels, min_channels, max_ratio or round_to allow no other step"
     return (target_note(target.of, target.remove, removed, why),)

@@ -127,9 +127,6 @@ def _attributes(layer: Any, shapes: Shapes, path: str) -> dict[str, object]:
         return _conv_attributes(layer, weight, path)
     if isinstance(layer, BATCH_NORMS):
         return {"_num_features": first[0]}
-    if isinstance(layer, paddle.nn.Linear):
-        sizes = {"in_features": weight[0], "out_features": weight[1]}
-        return {**sizes, **{f"_{name}": size for name, size in sizes.items()}}
     if isinstance(layer, paddle.nn.LayerNorm):
         if len(layer._normalized_shape) > 1:
             raise ModelError(f"remove_channels: '{path}' normalises over several axes; it must keep its channels")

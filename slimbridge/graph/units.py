@@ -11,7 +11,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from slimbridge.graph.model import Graph
-from slimbridge.graph.provenance import Rules, Walk
+from slimbridge.graph.provenance import walked
+from slimbridge.graph.walk import Rules, Walk
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def find_units(graph: Graph, rules: Rules | None = None) -> Units:
         rules: what may go. A width that a model's code has written in (`reshape(x, (-1, 512))`) cannot be told from a
             computed one in a trace; `Rules.freeze_attention` and `Rules.freeze_reshapes` are for such models.
     """
-    walk = Walk(graph, rules or Rules()).run()
+    walk = walked(graph, rules or Rules())
     ledger = walk.ledger
     _freeze_outside_uses(walk)
     labels = ledger.components()

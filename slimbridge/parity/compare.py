@@ -8,11 +8,12 @@ from typing import Literal
 
 import numpy as np
 
-from slimbridge.decisions import Decision, PruneDecision, QuantizeDecision, load_decision
+from slimbridge.decisions import Decision, DistillDecision, MaskDecision, PruneDecision, QuantizeDecision, load_decision
 from slimbridge.errors import RunError
 from slimbridge.parity.measure import differing, relative
 from slimbridge.parity.replay_records import read_replay
 from slimbridge.parity.tolerances import Tolerance, tolerance
+from slimbridge.plan.registries import IMPORTANCES, as_importance
 from slimbridge.report.records import Verdict
 from slimbridge.runfolder import RunFolder, load_probe, stage_names
 from slimbridge.weights import load_stored
@@ -69,8 +70,18 @@ class _Stage:
         if isinstance(ours, QuantizeDecision):
             yield from self._quantization(ours, theirs if isinstance(theirs, QuantizeDecision) else None)
             return
-        claim = "channels removed, from equal weights" if isinstance(ours, PruneDecision) else "loss terms and teacher"
-        yield self._verdict("exact", claim, "decision", None if theirs is None else _decision_difference(ours, theirs))
+        figure = None if theirs is None else _decision_difference(ours, theirs)
+        if isinstance(ours, PruneDecision) and self._from_data(ours):
+            share = None if figure is None else figure / max(sum(len(group.removed) for group in ours.groups), 1)
+            claim = "channels removed, from equal weights and equal data"
+            yield self._verdict("numeric", claim, "decision_from_data", share)
+            return
+        yield self._verdict("exact", _CLAIMS[type(ours)], "decision", figure)
+
+    def _from_data(self, decision: PruneDecision) -> bool:
+        """Does the importance look at gradients or activations?"""
+        known = decision.importance in IMPORTANCES.names()
+        return known and as_importance(IMPORTANCES.get(decision.importance)).needs != "weights"
 
     def _quantization(self, ours: QuantizeDecision, theirs: QuantizeDecision | None) -> Iterator[Verdict]:
         integers = steps = activations = None
@@ -86,8 +97,12 @@ class _Stage:
         yield self._verdict("numeric", "steps of the activations, from equal weights", "activation_step", activations)
 
     def _macs(self) -> Iterator[Verdict]:
-        ours, theirs = self.reference.record(self.name).macs, self.other.record(self.name).macs
-        yield self._verdict("exact", "MACs of the two runs", "macs", float(abs(ours - theirs)))
+        """Of one model; two runs that chose from their own weights may rightly end with other widths."""
+        figure = None
+        if self.replayed is not None:
+            found = {stage.name: stage.macs for stage in read_replay(self.replayed.parent).stages}
+            figure = float(abs(self.reference.record(self.name).macs - found[self.name]))
+        yield self._verdict("exact", "MACs of the reference's model, counted on both frameworks", "macs", figure)
 
     def _forward_difference(self) -> float | None:
         if self.replayed is None:
@@ -104,7 +119,7 @@ class _Stage:
 
     def _verdict(self, parity: Class, claim: str, row: str, figure: float | None) -> Verdict:
         allowed = tolerance(row)
-        why_not = self.why_not or "the replay has no such decision"
+        why_not = self.why_not or "it rests on a training, a metric or times of its own, which no replay repeats"
         return Verdict(
             stage=self.name,
             parity=parity,
@@ -127,8 +142,18 @@ class _Stage:
         return f"a fault in one of the two backends: {allowed.reason}"
 
 
+_CLAIMS: dict[type, str] = {
+    PruneDecision: "channels removed, from equal weights",
+    MaskDecision: "weights masked, from equal weights",
+    DistillDecision: "loss terms and teacher",
+}
+
+
 def _decision_difference(ours: Decision, theirs: Decision) -> float:
-    """Channels that only one side removes; for other decisions 1 when they differ at all."""
+    """Channels that one side alone removes, entries that one alone masks; else 1 when they differ at all."""
+    if isinstance(ours, MaskDecision) and isinstance(theirs, MaskDecision):
+        masks = [{name: mask.array() for name, mask in side.masks.items()} for side in (ours, theirs)]
+        return float(max(differing(*masks), ours.digest() != theirs.digest()))
     if isinstance(ours, PruneDecision) and isinstance(theirs, PruneDecision):
         if ours.digest() == theirs.digest():
             return 0.0

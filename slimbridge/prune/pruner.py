@@ -184,7 +184,7 @@ class Pruner:
         """The ratio that reaches the stage's target of parameters or MACs."""
         target = self.stage.target
         assert target is not None
-        whole = self._cost_before(cost_of(found.graph))[target.of]
+        whole = self._known_before(target.of) or float(getattr(cost_of(found.graph), target.of))
 
         def removed_by(ratio: float) -> float:
             left = found.cost_left(found.choose(self._amounts(found, ratio)))
@@ -199,18 +199,21 @@ class Pruner:
         if target is None or measure is None:
             raise ModelError("a latency target needs a machine to measure on: run the plan, it does")
         found = self.candidates(graph, weights, rules)
-        whole = (self.basis.initial_cost or {}).get("latency") or measure(model)
+        known = self._known_before("latency")
 
         def removed_by(ratio: float) -> float:
             decision = decision_of(found, found.choose(self._amounts(found, ratio)), ratio)
-            return 1.0 - measure(self.apply(backend, backend.clone(model), decision)) / whole
+            pruned = self.apply(backend, backend.clone(model), decision)
+            whole = known or measure(model)  # side by side, so that a busy machine slows both
+            return 1.0 - measure(pruned) / whole
 
         ratio = search_ratio(removed_by, target.remove, ROUNDS["latency"]).ratio
         return self._decision(found, ratio)
 
-    def _cost_before(self, now: Cost) -> Mapping[str, float]:
+    def _known_before(self, of: str) -> float | None:
+        """The cost that a share is taken of, where it is not that of the present model."""
         known = self.basis.initial_cost if self.stage.relative_to != "current" else None
-        return known or {"parameters": now.parameters, "macs": now.macs}
+        return known[of] if known is not None else None
 
 
 def decision_of(found: Candidates, chosen: Sequence[NDArray[np.int64]], ratio: float) -> PruneDecision:

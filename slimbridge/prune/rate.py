@@ -64,7 +64,7 @@ class Collected:
 
 
 def _sum(rows: Collected) -> Values:
-    return np.bincount(rows.places, rows.values, rows.group_of.size)
+    return np.asarray(np.bincount(rows.places, rows.values, rows.group_of.size), np.float64)
 
 
 def _mean(rows: Collected) -> Values:

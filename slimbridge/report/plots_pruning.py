@@ -27,7 +27,7 @@ def sparsity_plot(runs: Sequence[RunReport], name: str) -> list[Plot]:
         "height": 70 + len(weights) * (10 + 16 * len(found)),
         "barmode": "group",
         "bargap": 0.3,
-        "xaxis": {"range": [0, 118], "ticksuffix": " %", "tickvals": [0, 25, 50, 75, 100]},
+        "xaxis": {"range": [0, 118], "ticksuffix": " %", "dtick": 25},
         "yaxis": {**ticks([weight.removesuffix(".weight") for weight in weights]), "range": [len(weights) - 0.5, -0.5]},
     }
     caption = " ".join(f"{label}: {_all_zeros(stage)}." for _, label, stage in found)

@@ -73,10 +73,17 @@ def _ends(study: Study, lines: Sequence[Line]) -> list[Plot]:
     names, backends = _order(name for name, _ in families), _order(backend for _, backend in families)
     traces = []
     for (family, backend), members in families.items():
-        ends = sorted(((m.curve[-1], m.combination) for m in members), key=lambda end: end[0].macs.mean)
+        ends = [(member.curve[-1], member.combination) for member in members]
+        starts = {(m.curve[0].macs, m.curve[0].metric): (m.curve[0], m.curve[0].stage) for m in members}
+        if len(starts) == 1:  # one baseline for all of them
+            ends += starts.values()
+        ends.sort(key=lambda end: end[0].macs.mean)
         place = (names.index(family), backends.index(backend))
         traces.append(_trace(study, place, f"{family}, {backend}" if family else backend, ends))
-    caption = "Each point is the end of a run. Runs that differ only in numbers that were varied are joined."
+    caption = (
+        "Each point is the end of a run, and the baseline where all have the same one. Runs that differ only in "
+        "numbers that were varied are joined."
+    )
     title = f"{sentence(study.metric_name)} against MACs, end of each run"
     return [Plot(title, caption, tuple(traces), _layout(study, traces), wide=True)]
 
@@ -103,8 +110,11 @@ def _trace(study: Study, place: tuple[int, int], name: str, points: Sequence[tup
     ]
     macs = [point.macs.mean for point, _ in points]
     trace = line(series, macs, [finite(scale * point.metric.mean) for point, _ in points], hovers)
-    trace["line"] = {"width": 2.5, "dash": DASHES[side % len(DASHES)]}
-    trace["marker"] = {"size": 9, "symbol": SYMBOLS[(series + series // COLOURS) % len(SYMBOLS)]}
+    # Equal lines of two backends must both be seen: broad and pale below, thin, dashed and open above.
+    trace["line"] = {"width": 2 if side else 5, "dash": DASHES[side % len(DASHES)]}
+    symbol = SYMBOLS[(series + series // COLOURS) % len(SYMBOLS)]
+    trace["marker"] = {"size": 12 if side else 9, "symbol": f"{symbol}-open" if side else symbol}
+    trace["opacity"] = 1 if side else 0.6
     if any(point.metric.spread is not None for point, _ in points):
         spreads = [scale * (point.metric.spread or 0.0) for point, _ in points]
         trace["error_y"] = {"type": "data", "array": spreads, "thickness": 1.2, "width": 4}

@@ -84,7 +84,7 @@ class InvertedResidual(Part):
             self.expand_conv = _conv(nn, inputs, hidden, 1, 1, 1, act)
         self.bottleneck_conv = _conv(nn, hidden, hidden, kernel, stride, hidden, act)
         if gate:
-            self.mid_se = make(nn, SqueezeExcitation, hidden, rounded(hidden // 4))
+            self.mid_se: Any = make(nn, SqueezeExcitation, hidden, rounded(hidden // 4))
         self.linear_conv = _conv(nn, hidden, outputs, 1, 1, 1)
 
     def forward(self, x: Any) -> Any:

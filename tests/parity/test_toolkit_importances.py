@@ -24,7 +24,6 @@ from slimbridge.prune.select import Amount, choose
 
 X = np.random.default_rng(0).standard_normal((2, 3, 8, 8))
 NAMES = ("resnet18_small", "mobilenet_v2_small")
-SAME = tolerance("operation").value  # Torch-Pruning reduces in float32
 
 
 class Case:
@@ -124,13 +123,15 @@ HESSIAN: Callable[[Case], dict[str, Array]] = lambda case: case.squares  # noqa:
 def test_torch_prunings_importances(
     case: Case, stage: dict[str, Any], importance: Any, gradients: Callable[[Case], dict[str, Array]]
 ) -> None:
+    differences = stage["importance"] == "lamp" or stage.get("normalisation") in ("standard", "gaussian")
+    same = tolerance("toolkit_float32" if differences else "operation").value
     found = case.ours(preset="torch_pruning", **stage)
     expected = theirs(case, importance, gradients(case))
     assert len(found) == len(expected) > 5
     for group, own, other in zip(case.groups, found, expected, strict=True):
         root = group.producers[0]
         by_channel = own[[group.units.tolist().index(unit) for unit in root.units.tolist()]]
-        assert relative(by_channel, other) <= SAME, group.layers
+        assert relative(by_channel, other) <= same, group.layers
 
 
 # PaddleSlim
@@ -145,6 +146,7 @@ def paddleslim_keeps(pruner: type, weight: Array, ratio: float) -> Array:
     return mask
 
 
+@pytest.mark.filterwarnings("ignore:`product` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.75, 0.99])
 @pytest.mark.parametrize(
     ("importance", "pruner"),
@@ -161,6 +163,7 @@ def test_paddleslim_keeps_the_same_filters(case: Case, importance: str, pruner: 
         assert np.flatnonzero(mask == 0).tolist() == np.flatnonzero(np.isin(master.units, gone)).tolist(), group.layers
 
 
+@pytest.mark.filterwarnings("ignore:`product` is deprecated:DeprecationWarning")
 def test_paddleslims_distances(case: Case) -> None:
     """`get_distance_sum` of each filter is the importance itself."""
     pruner = FPGMFilterPruner.__new__(FPGMFilterPruner)

@@ -97,7 +97,8 @@ def test_sparsity_never_falls(start: int, length: int, every: int, initial: floa
     ):
         assert all(a <= b for a, b in pairwise(levels))
         assert levels[-1] == final
-        assert levels[0] == (0.0 if start >= max(length // stairs, 1) else levels[0])
+    first = 0.0 if start else cubic(initial, final, 0.0)
+    assert torch_ao_sparsity(0, initial, final, start, start + length, every) == first
 
 
 # The callback in a training
@@ -151,10 +152,13 @@ def test_weights_are_zeroed_when_due(torch_backend: Backend, convention: str) ->
     assert counts == [*[0] * shift, *stairs, *[81 + 48] * (12 - 6 - shift)]
     assert len(optimizer.held) == 5
     assert optimizer.held[0] == {}
-    for mask, array in (
-        (optimizer.held[-1][name], torch_backend.read(model)[name]) for name in ("0.weight", "4.weight")
-    ):
-        assert np.array_equal(mask, array != 0)
+    for name in ("0.weight", "4.weight"):
+        assert np.array_equal(optimizer.held[-1][name], torch_backend.read(model)[name] != 0)
+
+
+def test_sparsity_that_would_fall_is_refused(torch_backend: Backend) -> None:
+    with pytest.raises(SlimbridgeError, match=r"gmp: initial_sparsity 0\.8 is above the stage's sparsity 0\.75"):
+        schedule(torch_backend, model_of(torch_backend), stage(initial_sparsity=0.8))
 
 
 def test_masks_of_earlier_stages_stay(torch_backend: Backend) -> None:

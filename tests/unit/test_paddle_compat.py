@@ -10,6 +10,9 @@ import subprocess
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +225,100 @@ def test_leaving_call_stacks_out_is_still_needed(monkeypatch: pytest.MonkeyPatch
     capture.capture(model, [np.zeros((1, 2), np.float32)])
     assert not calls
     assert traceback.extract_stack is counted
+
+
+def test_the_quiet_capture_is_still_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = [([1, 2, 4], "float32")]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        capture._direct(Attends(), spec)
+    assert not caught
+    monkeypatch.setattr(capture, "quiet_capture", nullcontext)
+    with pytest.warns(UserWarning, match="Tensor do not have 'place'"):
+        capture._direct(Attends(), spec)
+
+
+class Attends(nn.Layer):
+    """Paddle's own causal attention on one head."""
+
+    def forward(self, x: Any) -> Any:
+        """The input attends to itself."""
+        x = x.unsqueeze(2)
+        return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+@contextmanager
+def slim() -> Iterator[Any]:
+    """PaddleSlim's pruners, quiet but with no other workaround."""
+    pytest.importorskip("paddleslim", reason="PaddleSlim is an optional extra")
+    with _compat.quiet_paddleslim():
+        yield import_module("paddleslim.dygraph.prune")
+
+
+def pruner(module: Any) -> Any:
+    """A pruner of PaddleSlim, which traces its model at once."""
+    return module.L1NormFilterPruner(nn.Sequential(nn.Conv2D(3, 4, 1), nn.Conv2D(4, 2, 1)), [[1, 3, 4, 4]])
+
+
+def test_the_old_name_of_the_guard_is_still_needed() -> None:
+    with slim() as module, _compat.old_representation(), pytest.raises(AttributeError, match="_to_static_mode_guard_"):
+        pruner(module)
+    assert paddle.in_dynamic_mode()
+
+
+def test_the_old_representation_is_still_needed() -> None:
+    with slim() as module, _compat.old_guard_name(), pytest.raises(AttributeError, match="input_arg_names"):
+        pruner(module)
+
+
+def test_putting_dynamic_mode_back_is_still_needed() -> None:
+    try:
+        with slim() as module, pytest.raises(AttributeError):
+            pruner(module)
+        assert not paddle.in_dynamic_mode()
+    finally:
+        paddle.disable_static()
+
+
+def test_the_pruners_work_with_all_workarounds_and_nothing_of_them_stays() -> None:
+    guard = paddle.base.dygraph.base
+    tracing: Any = import_module("paddleslim.core.dygraph")
+    original = tracing._dy2prog
+    with _compat.paddleslim_pruning() as module:
+        assert len(list(pruner(module).collections)) == 1
+        assert tracing._dy2prog is not original and hasattr(guard, "_to_static_mode_guard_")
+    assert tracing._dy2prog is original and not hasattr(guard, "_to_static_mode_guard_")
+    assert paddle.in_dynamic_mode()
+
+
+def test_the_old_product_is_still_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PaddleSlim asks for `np.product`, which is there up to NumPy 1."""
+    weight = np.arange(12.0).reshape(2, 3, 2)
+    with slim() as module:
+        measure = module.FPGMFilterPruner.get_distance_sum
+        monkeypatch.delattr(np, "product", raising=False)
+        with pytest.raises(AttributeError, match="product"):
+            measure(None, weight, 0)
+        with _compat.numpy_product():
+            assert measure(None, weight, 0) == np.sqrt(6 * 36.0)
+    assert not hasattr(np, "product")
+
+
+def test_silencing_paddleslim_is_still_needed(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its masks are announced by a print, its traces by the log."""
+    with slim() as module:
+        pass
+    module.UnstructuredPruner(nn.Sequential(nn.Linear(2, 2)), "ratio")
+    assert "target type" in capfd.readouterr().out
+    with _compat.quiet_paddleslim():
+        module.UnstructuredPruner(nn.Sequential(nn.Linear(2, 2)), "ratio")
+    assert capfd.readouterr().out == ""
+
+
+def test_masking_without_a_forward_pass_is_still_needed() -> None:
+    """PaddleSlim's own masks become boolean, which Paddle does not multiply: they are read, never applied."""
+    with slim() as module:
+        made = module.UnstructuredPruner(nn.Sequential(nn.Linear(8, 8)), "ratio", ratio=0.5)
+        made.step()
+        with pytest.raises(TypeError, match="bool"):
+            made.update_params()

@@ -128,7 +128,7 @@ def test_what_paddleslim_cannot_do_is_named() -> None:
     with pytest.raises(ModelError, match="L1NormFilterPruner removed nothing; it took 0 of"):
         BACKEND.native(small(), NativeRequest(L1, 0.5, {"fc": 0.5}), [IMAGES])
     with pytest.raises(ModelError, match="L1NormFilterPruner failed"):
-        BACKEND.native(small(), NativeRequest(L1, 0.5), [IMAGES[:, :2]])
+        BACKEND.native(small(), NativeRequest(L1, 0.5), [IMAGES[0, 0]])
     assert paddle.in_dynamic_mode()
 
 

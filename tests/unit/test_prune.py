@@ -1,26 +1,20 @@
-"""Pruning: importances, selection, and the pruner with its refusals."""
+"""The pruner: what it decides and removes, and its refusals."""
 
 from __future__ import annotations
 
-from decimal import ROUND_HALF_EVEN, Decimal
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from slimbridge.decisions import PruneDecision, decision_to_json, load_decision
 from slimbridge.errors import ModelError
-from slimbridge.graph import find_units
-from slimbridge.parity import relative, tolerance
 from slimbridge.plan import PruneStage
-from slimbridge.plan.registries import IMPORTANCES
 from slimbridge.ports import Array, Backend
-from slimbridge.prune import Pruner, least_important, remove_count, unit_importance
+from slimbridge.prune import Pruner, remove_count
 
 RNG = np.random.default_rng(3)
 X = RNG.standard_normal((2, 3, 4, 4)).astype(np.float32)
@@ -36,23 +30,7 @@ def plain(seed: int = 0, width: int = 6) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 4, 1), nn.Flatten(), nn.Linear(16, 2))
 
 
-# Importances
-
-
-@pytest.mark.parametrize("shape", [(5, 3, 2, 2), (4, 7), (1, 1, 1, 1), (3, 2, 5)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_importances_in_loops(shape: tuple[int, ...], dtype: Any) -> None:
-    weight = RNG.standard_normal(shape).astype(dtype)
-    mean, norm = [], []
-    for row in weight:
-        values = [float(value) for value in row.ravel()]
-        mean.append(sum(abs(value) for value in values) / len(values))
-        norm.append(sum(value * value for value in values) ** 0.5)
-    for name, expected in (("l1_norm", mean), ("l2_norm", norm)):
-        found = IMPORTANCES.get(name)(weight)
-        assert found.dtype == np.float64
-        assert found.shape == shape[:1]
-        assert relative(found, np.array(expected)) <= tolerance("statistics_float64").value
+# The channels that go
 
 
 @pytest.mark.parametrize(("importance", "n"), [("l1_norm", 1), ("l2_norm", 2)])
@@ -65,46 +43,6 @@ def test_the_channels_that_torch_would_zero(torch_backend: Backend, importance: 
     layer.load_state_dict(model[0].state_dict())
     masked = torch_prune.ln_structured(layer, "weight", 0.5, n=n, dim=0).weight
     assert removed == tuple(torch.nonzero(masked.abs().sum((1, 2, 3)) == 0).ravel().tolist())
-
-
-def test_a_group_takes_the_mean_over_its_layers(torch_backend: Backend) -> None:
-    class Sum(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2)
-
-        def forward(self, x: Any) -> Any:
-            return self.fc((self.a(x) + self.b(x)).mean((2, 3)))
-
-    model = Sum()
-    weights = torch_backend.read(model)
-    group = find_units(torch_backend.trace(model, [X])).groups()[0]
-    found = unit_importance(group, weights, IMPORTANCES.get("l1_norm"))
-    sides = [np.abs(weights[f"{name}.weight"].astype(np.float64)).reshape(4, -1).mean(1) for name in "ab"]
-    assert relative(found, (sides[0] + sides[1]) / 2) <= tolerance("statistics_float64").value
-
-
-# Selection
-
-
-def test_remove_count_is_the_rounded_share() -> None:
-    """By decimal arithmetic on the product that floating point gives, for all n to 64 and many ratios."""
-    for n in range(1, 65):
-        for ratio in (k / 40 for k in range(1, 40)):
-            share = Decimal(n * ratio).quantize(Decimal(1), rounding=ROUND_HALF_EVEN)
-            assert remove_count(n, ratio) == min(n - 1, int(share)), (n, ratio)
-
-
-@given(st.integers(1, 2048), st.floats(0.001, 0.999))
-def test_one_channel_always_stays(n: int, ratio: float) -> None:
-    assert 0 <= remove_count(n, ratio) <= n - 1
-
-
-@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=30), st.data())
-def test_the_smallest_go_and_ties_go_by_index(values: list[float], data: Any) -> None:
-    count = data.draw(st.integers(0, len(values)))
-    expected = sorted(sorted(range(len(values)), key=lambda index: (values[index], index))[:count])
-    assert least_important(np.array(values), count).tolist() == expected
 
 
 def test_equal_filters_go_by_index(torch_backend: Backend) -> None:

@@ -98,10 +98,22 @@ def test_depthwise_grouped_and_transposed_convolutions() -> None:
         nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, 3, stride=2, groups=2), nn.ConvTranspose2d(6, 2, 2)
     )
     graph = graph_of(model, IMAGE)
-    depthwise, grouped = graph.layer_nodes()
+    depthwise, grouped, transposed = graph.layer_nodes()
     assert (depthwise.attrs["groups"], grouped.attrs["groups"]) == (4, 2)
     assert grouped.attrs["stride"] == (2, 2)
-    assert graph.unknown_ops() == ("conv_transpose in '2'",)
+    assert [node.attrs["transposed"] for node in graph.layer_nodes()] == [False, False, True]
+    assert "output_padding" not in transposed.attrs
+
+
+def test_a_transposed_convolution_with_output_padding() -> None:
+    model = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2)
+    graph = graph_of(model, IMAGE)
+    assert one(graph, "conv").attrs == {
+        "groups": 2, "transposed": True, "stride": (2, 2), "padding": (1, 1), "dilation": (2, 2),
+        "output_padding": (1, 1),
+    }  # fmt: skip
+    assert graph.parameters["weight"] == (4, 3, 3, 3)
+    assert graph.unknown_ops() == ()
 
 
 def shuffle_by_views(m: Any, x: Any) -> Any:

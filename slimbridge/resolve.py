@@ -9,7 +9,7 @@ from typing import Any
 from slimbridge import zoo
 from slimbridge.errors import PlanError
 from slimbridge.plan import DistillStage, LossSection, ModelSection, Plan, PruneStage, QuantizeStage, SparsifyStage
-from slimbridge.plan.registries import ENTRY_IMPORTANCES, LOSSES, OBSERVERS
+from slimbridge.plan.registries import ENTRY_IMPORTANCES, IMPORTANCES, LOSSES, OBSERVERS, as_importance
 from slimbridge.ports import Backend, Model
 from slimbridge.prune.presets import Definition
 from slimbridge.prune.sparsifier import Sparsifier
@@ -55,16 +55,17 @@ def _stage(stage: Any) -> Any:
 
 
 def _pruning(stage: PruneStage) -> PruneStage:
-    """With the definitions that its preset or its importance leaves open written out."""
+    """With the definitions that the importance leaves open written out; those of a preset are its own."""
     known = Definition.of(stage)
-    return stage.model_copy(
-        update={
-            "rated": known.rated,
-            "group_reduction": known.group_reduction,
-            "normalisation": known.normalisation,
+    changes: dict[str, Any] = {"importance_options": dict(known.options)}
+    if stage.preset is None:
+        entry = as_importance(IMPORTANCES.get(stage.importance))
+        changes |= {
+            "rated": stage.rated or entry.rated,
+            "group_reduction": stage.group_reduction or entry.group_reduction,
             "count_rule": known.count_rule,
         }
-    )
+    return stage.model_copy(update=changes)
 
 
 def _rounds(stage: Any, before: int) -> list[Any]:

@@ -55,6 +55,12 @@ _SECTIONS = {
     "train, finetune": "TrainSection",
     "optimizer": "OptimizerSection",
     "stage prune": "PruneStage",
+    "target": "TargetSection",
+    "sensitivity": "SensitivitySection",
+    "preparation": "PreparationSection",
+    "native": "NativeSection",
+    "stage sparsify": "SparsifyStage",
+    "gmp": "GmpSection",
     "stage distill": "DistillStage",
     "teacher": "TeacherSection",
     "losses": "LossSection",
@@ -93,7 +99,11 @@ def _rows() -> Iterator[tuple[str, str, str]]:
     for name in backend_names():
         yield "backend", name, f"`pip install 'slimbridge[{name}]'`"
     for name in registries.IMPORTANCES.names():
-        yield "importance", name, _first_sentence(registries.IMPORTANCES.get(name))
+        criterion = registries.as_importance(registries.IMPORTANCES.get(name))
+        yield "importance", name, _first_sentence(criterion.score) + _from(criterion.source)
+    for name in registries.ENTRY_IMPORTANCES.names():
+        entry = registries.ENTRY_IMPORTANCES.get(name)
+        yield "importance of entries", name, _first_sentence(entry.score) + _from(entry.source)
     for name in registries.OBSERVERS.names():
         yield "observer", name, _first_sentence(registries.OBSERVERS.get(name))
     for name in registries.LOSSES.names():
@@ -109,6 +119,10 @@ def _rows() -> Iterator[tuple[str, str, str]]:
         yield "metric", name, _first_sentence(metric)
     for name in shipped_plans():
         yield "plan", name, "shipped"
+
+
+def _from(source: str) -> str:
+    return f" ({source})" if source else ""
 
 
 def _first_sentence(thing: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from slimbridge.graph import Cost, Graph, Rules, Units, cost_of, cost_without, f
 from slimbridge.plan.pruning import PruneStage
 from slimbridge.ports import Array, Backend, Model
 from slimbridge.prune.assembly import assemble, removed_units
+from slimbridge.prune.coupled import structures
 from slimbridge.prune.evidence import Evidence
 from slimbridge.prune.native import native_decision
 from slimbridge.prune.presets import Definition
@@ -58,10 +59,11 @@ class Candidates:
     definition: Definition
     values: tuple[NDArray[np.float64], ...]
     before: tuple[int, ...]
+    structures: tuple[Hashable, ...] = ()
 
     def choose(self, amounts: Sequence[Amount]) -> tuple[NDArray[np.int64], ...]:
         """Positions that go, of each group."""
-        return choose(self.scope.groups, self.values, amounts, self.definition)
+        return choose(self.scope.groups, self.values, amounts, self.definition, self.structures)
 
     def cost_left(self, chosen: Sequence[NDArray[np.int64]]) -> Cost:
         """The cost without what was chosen."""
@@ -88,7 +90,8 @@ class Pruner:
         values = rate_groups(graph, units, scope.groups, weights, self.definition, self.basis.evidence)
         shapes = self.basis.initial if self.stage.relative_to != "current" else {}
         before = tuple(units_before(group, shapes) for group in scope.groups)
-        return Candidates(graph, units, scope, self.definition, values, before)
+        alike = structures(graph, units, scope.groups) if self.stage.selection == "isomorphic" else ()
+        return Candidates(graph, units, scope, self.definition, values, before, alike)
 
     def decide(self, graph: Graph, weights: Mapping[str, Array], rules: Rules | None = None) -> PruneDecision:
         """Choose channels.

@@ -27,7 +27,7 @@ def render_study_html(study: Study) -> str:
     lines = [line for line in lines_of(study) if line.points]
     return render_page(
         "study.html.j2",
-        [*_curves(study, lines), *_ends(study, lines)],
+        [*_ends(study, lines), *_curves(study, lines)],
         plan=plain(study.plan),
         metric=plain(study.metric_name),
         metric_unit=unit_of(study),

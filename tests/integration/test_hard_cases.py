@@ -14,7 +14,9 @@ from slimbridge.parity import relative, tolerance
 from slimbridge.plan import PruneStage
 from slimbridge.ports import Array, Backend, Model, tensors_in
 from slimbridge.prune import Pruner, zeroed
+from tests.architectures import wirings
 from tests.architectures.parts import Part, make, seeded, with_weights
+from tests.architectures.wirings import Net
 
 SIZE = 4
 LAST = "an output of the model"
@@ -27,25 +29,6 @@ def outputs(backend: Backend, model: Model, inputs: list[Array]) -> list[Array]:
 
 def noise(seed: int, *shape: int) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-class Net(Part):
-    """Two convolutions of 3 -> 8 channels, a linear layer 8 -> 5, and more layers of the case; wired by a function."""
-
-    def __init__(self, wire: Callable[..., Any], more: Callable[[Any], Mapping[str, Any]]) -> None:
-        super().__init__()
-        nn = self.nn
-        self.wire = wire
-        self.a, self.b = (nn.Conv2d(3, 8, 3, padding=1) for _ in range(2))
-        self.fc = nn.Linear(8, 5)
-        for name, layer in more(nn).items():
-            setattr(self, name, layer)
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.wire(self.nn, self, *inputs)
-
-    def head(self, x: Any) -> Any:
-        return self.fc(self.nn.mean(x, (2, 3)))
 
 
 def nothing(_: Any) -> Mapping[str, Any]:
@@ -81,121 +64,6 @@ def shifted(entries: tuple[int, ...], by: int) -> tuple[int, ...]:
     return tuple(entry + by for entry in entries)
 
 
-def twice_joined(nn: Any, net: Any, x: Any) -> Any:
-    y = nn.relu(net.a(x))
-    return net.head(net.c(nn.concat([y, y], 1)))
-
-
-def into_an_output_too(nn: Any, net: Any, x: Any) -> Any:
-    y = net.a(x)
-    return y, net.head(nn.relu(net.b(x)) + nn.relu(net.c(y)))
-
-
-def channels_last_mean(nn: Any, net: Any, x: Any) -> Any:
-    return net.fc(nn.mean(nn.transpose(nn.relu(net.a(x)), (0, 2, 3, 1)), (1, 2)))
-
-
-def depthwise_behind_join(nn: Any, net: Any, x: Any) -> Any:
-    return net.head(net.c(nn.relu(net.depthwise(nn.concat([net.a(x), net.b(x)], 1)))))
-
-
-def one_map(nn: Any, net: Any, x: Any) -> Any:
-    y = nn.relu(net.a(x))
-    return net.head(y * nn.sigmoid(net.c(y)))
-
-
-def through_one_channel(nn: Any, net: Any, x: Any) -> Any:
-    return net.head(net.d(nn.relu(net.c(nn.relu(net.a(x))))))
-
-
-def own_parameters(nn: Any, net: Any, x: Any) -> Any:
-    return net.head((net.a(x) * net.scale + net.table) * net.place * net.factor)
-
-
-def with_spare(nn: Any, net: Any, x: Any) -> Any:
-    return net.head(net.a(x))
-
-
-def two_in_three_out(nn: Any, net: Any, x: Any, z: Any) -> Any:
-    y = net.a(x)
-    gate = nn.reshape(nn.sigmoid(net.c(z)), (x.shape[0], -1, 1, 1))
-    return {"scores": net.head(y * gate), "maps": [net.d(y), net.d(net.b(x))]}
-
-
-def siamese(nn: Any, net: Any, x: Any, z: Any) -> Any:
-    return net.head(nn.relu(net.c(net.a(x))) - nn.relu(net.c(net.b(z))))
-
-
-def strided(nn: Any, net: Any, x: Any) -> Any:
-    y = nn.relu(net.a(x))
-    return net.head(nn.relu(net.c(y) + net.pool(y)))
-
-
-def own_halves(nn: Any, net: Any, x: Any) -> Any:
-    y = nn.concat([net.a(x), net.b(x)], 1)
-    left, right = nn.split(y, [y.shape[1] // 2] * 2, 1)
-    return net.head(net.c(right) - net.d(left))
-
-
-def halved_stem(nn: Any, net: Any, x: Any) -> Any:
-    y = nn.relu(net.c(net.a(x)))
-    left, right = nn.split(y, [y.shape[1] // 2] * 2, 1)
-    return net.head(left * nn.sigmoid(right))
-
-
-def pixel_shuffle(nn: Any, net: Any, x: Any) -> Any:
-    y = net.c(nn.relu(net.a(x)))
-    n, c, h, w = y.shape
-    y = nn.transpose(nn.reshape(y, (n, c // 4, 2, 2, h, w)), (0, 1, 4, 2, 5, 3))
-    return net.head(nn.reshape(y, (n, c // 4, 2 * h, 2 * w)))
-
-
-def squeeze_excite(nn: Any, net: Any, x: Any) -> Any:
-    y = nn.relu(net.a(x))
-    gate = nn.sigmoid(net.d(nn.relu(net.c(nn.mean(y, (2, 3))))))
-    return net.head(y * nn.reshape(gate, (y.shape[0], y.shape[1], 1, 1)))
-
-
-def only_an_output(nn: Any, net: Any, x: Any) -> Any:
-    return net.head(net.a(x)), nn.sigmoid(net.b(x))
-
-
-def beside_the_input(nn: Any, net: Any, x: Any) -> Any:
-    return net.head(net.c(nn.concat([net.a(x), x], 1)))
-
-
-def padded_shortcut(nn: Any, net: Any, x: Any) -> Any:
-    y = net.a(x)
-    return net.last(nn.mean(nn.pad(y, [(0, 8), (0, 0), (0, 0)]) + net.c(y), (2, 3)))
-
-
-def centred(nn: Any, net: Any, x: Any) -> Any:
-    y = net.a(x)
-    return net.head(net.b(x)) + net.last(nn.mean(y - nn.mean(y, 1, keepdims=True), (2, 3)))
-
-
-def softmax_of_channels(nn: Any, net: Any, x: Any) -> Any:
-    return net.head(net.b(x)) + net.last(nn.mean(nn.softmax(net.a(x), 1), (2, 3)))
-
-
-def gram(nn: Any, net: Any, x: Any) -> Any:
-    rows = nn.flatten(net.a(x), 2)
-    return net.last(nn.flatten(nn.matmul(rows, nn.transpose(rows, (0, 2, 1))), 1)) + net.head(net.b(x))
-
-
-def group_normalised(nn: Any, net: Any, x: Any) -> Any:
-    return net.head(net.d(nn.relu(net.norm(net.c(x)))))
-
-
-def layer_normalised(nn: Any, net: Any, x: Any) -> Any:
-    y = net.norm(nn.transpose(net.a(x), (0, 2, 3, 1)))
-    return net.head(net.b(x)) + net.last(nn.mean(y, (1, 2)))
-
-
-def upsampled(nn: Any, net: Any, x: Any) -> Any:
-    return net.head(nn.upsample(net.up(nn.relu(net.a(x))), 2) + net.d(net.b(nn.upsample(x, 4))))
-
-
 def second_kept(name: str, axis: int, source: str, offset: int) -> Callable[[Kept], bool]:
     """Both copies of the source's channels leave that axis: at 0 and at the offset."""
     return lambda kept: kept[name][axis] == kept[source][0] + shifted(kept[source][0], offset)
@@ -208,41 +76,45 @@ def joined_kept(name: str, axis: int) -> Callable[[Kept], bool]:
 
 CASES: dict[str, Case] = {
     "joined with itself": Case(
-        twice_joined,
+        wirings.twice_joined,
         lambda nn: {"c": nn.Conv2d(16, 8, 1)},
         (("a",), ("c",)),
         {"fc": LAST},
         second_kept("c.weight", 1, "a.weight", 8),
     ),
     "branches of unlike needs": Case(
-        into_an_output_too,
+        wirings.into_an_output_too,
         lambda nn: {"c": nn.Conv2d(8, 8, 3, padding=1)},
         (("b", "c"),),
         {"a": LAST, "fc": LAST},
         lambda kept: "a.weight" not in kept and 1 not in kept["c.weight"],
     ),
     "mean over space, channels last": Case(
-        channels_last_mean, nothing, (("a",),), {"fc": LAST}, lambda kept: kept["fc.weight"][1] == kept["a.weight"][0]
+        wirings.channels_last_mean,
+        nothing,
+        (("a",),),
+        {"fc": LAST},
+        lambda kept: kept["fc.weight"][1] == kept["a.weight"][0],
     ),
     "depthwise behind a join": Case(
-        depthwise_behind_join,
+        wirings.depthwise_behind_join,
         lambda nn: {"depthwise": nn.Conv2d(16, 16, 3, padding=1, groups=16), "c": nn.Conv2d(16, 8, 1)},
         (("a",), ("b",), ("c",)),
         {"fc": LAST},
         lambda kept: joined_kept("depthwise.weight", 0)(kept) and joined_kept("c.weight", 1)(kept),
     ),
     "one map times all channels": Case(
-        one_map, lambda nn: {"c": nn.Conv2d(8, 1, 1)}, (("a",),), {"c": "one map is broadcast", "fc": LAST}
+        wirings.one_map, lambda nn: {"c": nn.Conv2d(8, 1, 1)}, (("a",),), {"c": "one map is broadcast", "fc": LAST}
     ),
     "through a single channel": Case(
-        through_one_channel,
+        wirings.through_one_channel,
         lambda nn: {"c": nn.Conv2d(8, 1, 1), "d": nn.Conv2d(1, 8, 1)},
         (("a",), ("c",), ("d",)),
         {"fc": LAST},
         lambda kept: 0 not in kept["c.weight"] and 1 not in kept["d.weight"],
     ),
     "parameters outside any layer": Case(
-        own_parameters,
+        wirings.own_parameters,
         lambda nn: {
             "scale": nn.parameter(seeded("scale", (1, 8, 1, 1), 1.0)),
             "table": nn.parameter(seeded("table", (8, SIZE, SIZE), 1.0)),
@@ -258,14 +130,14 @@ CASES: dict[str, Case] = {
         ),
     ),
     "a layer that never runs": Case(
-        with_spare,
+        wirings.with_spare,
         lambda nn: {"spare": nn.Conv2d(8, 8, 1)},
         (("a",),),
         {"fc": LAST},
         lambda kept: not any(name.startswith(("spare", "b.")) for name in kept),
     ),
     "several inputs and a nested output": Case(
-        two_in_three_out,
+        wirings.two_in_three_out,
         lambda nn: {"c": nn.Linear(6, 8), "d": nn.Conv2d(8, 4, 1)},
         (("a", "c", "b"),),
         {"d": LAST, "fc": LAST},
@@ -273,7 +145,7 @@ CASES: dict[str, Case] = {
         ((2, 3, SIZE, SIZE), (2, 6)),
     ),
     "one convolution for two inputs": Case(
-        siamese,
+        wirings.siamese,
         lambda nn: {"c": nn.Conv2d(8, 8, 1)},
         (("a", "b"), ("c",)),
         {"fc": LAST},
@@ -281,20 +153,20 @@ CASES: dict[str, Case] = {
         ((2, 3, SIZE, SIZE), (2, 3, SIZE, SIZE)),
     ),
     "a shortcut over a stride": Case(
-        strided,
+        wirings.strided,
         lambda nn: {"c": nn.Conv2d(8, 8, 3, stride=2, padding=1), "pool": nn.AvgPool2d(2, 2)},
         (("a", "c"),),
         {"fc": LAST},
     ),
     "a join split at its seam": Case(
-        own_halves,
+        wirings.own_halves,
         lambda nn: {"c": nn.Conv2d(8, 8, 1), "d": nn.Conv2d(8, 8, 1)},
         (("a", "b"), ("c", "d")),
         {"fc": LAST},
         lambda kept: kept["c.weight"][1] == kept["b.weight"][0] == kept["a.weight"][0] == kept["d.weight"][1],
     ),
     "halves that gate each other": Case(
-        halved_stem,
+        wirings.halved_stem,
         lambda nn: {"c": nn.Conv2d(8, 16, 1)},
         (("a",), ("c",)),
         {"fc": LAST},
@@ -302,14 +174,14 @@ CASES: dict[str, Case] = {
     ),
     # Each axis of a cut could be the one that shrinks; the last is taken, here a part of the map's sides.
     "pixel shuffle": Case(
-        pixel_shuffle,
+        wirings.pixel_shuffle,
         lambda nn: {"c": nn.Conv2d(8, 32, 1)},
         (("a",),),
         {"c": "channels are reduced", "fc": LAST},
         lambda kept: kept["c.weight"] == {1: kept["a.weight"][0]},
     ),
     "squeeze and excitation": Case(
-        squeeze_excite,
+        wirings.squeeze_excite,
         lambda nn: {"c": nn.Linear(8, 4), "d": nn.Linear(4, 8)},
         (("a", "d"), ("c",)),
         {"fc": LAST},
@@ -319,36 +191,38 @@ CASES: dict[str, Case] = {
         ),
     ),
     "a layer that feeds an output alone": Case(
-        only_an_output, nothing, (("a",),), {"b": LAST, "fc": LAST}, lambda kept: "b.weight" not in kept
+        wirings.only_an_output, nothing, (("a",),), {"b": LAST, "fc": LAST}, lambda kept: "b.weight" not in kept
     ),
     "joined with the input": Case(
-        beside_the_input,
+        wirings.beside_the_input,
         lambda nn: {"c": nn.Conv2d(11, 8, 1)},
         (("a",), ("c",)),
         {"fc": LAST},
         lambda kept: kept["c.weight"][1] == (*kept["a.weight"][0], 8, 9, 10),
     ),
     "a shortcut padded with empty channels": Case(
-        padded_shortcut,
+        wirings.padded_shortcut,
         lambda nn: {"c": nn.Conv2d(8, 16, 3, padding=1), "last": nn.Linear(16, 5)},
         (("a", "c"),),
         {"last": LAST},
         lambda kept: kept["c.weight"][0] == (*kept["a.weight"][0], *range(8, 16)),
     ),
-    "centred over the channels": Case(centred, second_head, (("b",),), {"a": "reduced", "fc": LAST, "last": LAST}),
+    "centred over the channels": Case(
+        wirings.centred, second_head, (("b",),), {"a": "reduced", "fc": LAST, "last": LAST}
+    ),
     "softmax over the channels": Case(
-        softmax_of_channels, second_head, (("b",),), {"a": "softmax", "fc": LAST, "last": LAST}
+        wirings.softmax_of_channels, second_head, (("b",),), {"a": "softmax", "fc": LAST, "last": LAST}
     ),
     # Channels along both axes of one flattened map: all of `a` is one unit, and one unit always stays.
     "gram matrix": Case(
-        gram,
+        wirings.gram,
         lambda nn: {"last": nn.Linear(64, 5)},
         (("a",), ("b",)),
         {"fc": LAST, "last": LAST},
         lambda kept: "a.weight" not in kept and "last.weight" not in kept,
     ),
     "whole groups of a GroupNorm": Case(
-        group_normalised,
+        wirings.group_normalised,
         lambda nn: {"c": nn.Conv2d(3, 16, 1), "norm": nn.GroupNorm(4, 16), "d": nn.Conv2d(16, 8, 1)},
         (("c",), ("d",)),
         {"fc": LAST},
@@ -358,13 +232,51 @@ CASES: dict[str, Case] = {
         ),
     ),
     "layer norm": Case(
-        layer_normalised,
+        wirings.layer_normalised,
         lambda nn: {"norm": nn.LayerNorm(8), **second_head(nn)},
         (("b",),),
         {"a": "layer_norm", "fc": LAST, "last": LAST},
     ),
+    "a GroupNorm over single channels": Case(
+        wirings.group_normalised_sum,
+        lambda nn: {"norm": nn.GroupNorm(8, 8)},
+        (("a", "b"),),
+        {"fc": LAST},
+        lambda kept: kept["norm.weight"] == {0: kept["a.weight"][0]} == {0: kept["b.weight"][0]},
+    ),
+    # The second group has two channels of `a` and all four of `d`: both lose whole groups of six, or none.
+    "a GroupNorm across a join": Case(
+        wirings.across_a_join,
+        lambda nn: {"norm": nn.GroupNorm(2, 12), "c": nn.Conv2d(12, 8, 1), "d": nn.Conv2d(3, 4, 1)},
+        (("a", "d"), ("c",)),
+        {"fc": LAST},
+        lambda kept: kept["norm.weight"][0] == kept["c.weight"][1] in (tuple(range(6)), tuple(range(6, 12))),
+    ),
+    "one scale for two layers": Case(
+        wirings.one_scale,
+        lambda nn: {"scale": nn.parameter(seeded("scale", (1, 8, 1, 1), 1.0)), "other": nn.Linear(8, 5)},
+        (("a", "b"),),
+        {"fc": LAST, "other": LAST},
+        lambda kept: kept["scale"][1] == kept["a.weight"][0] == kept["b.weight"][0] == kept["other.weight"][1],
+    ),
+    "every second channel": Case(
+        wirings.every_second,
+        lambda nn: {"last": nn.Linear(4, 5)},
+        (("b",),),
+        {"a": "cut at written places", "fc": LAST, "last": LAST},
+    ),
+    "attention over places": Case(
+        wirings.attention_over_places,
+        lambda nn: {"c": nn.Conv2d(3, 8, 1)},
+        (("a", "b"), ("c",)),
+        {"fc": LAST},
+        lambda kept: kept["a.weight"][0] == kept["b.weight"][0] and kept["c.weight"][0] == kept["fc.weight"][1],
+    ),
+    "a single channel as output": Case(
+        wirings.single_channel_output, lambda nn: {"c": nn.Conv2d(8, 1, 1)}, (("a",),), {"c": LAST}
+    ),
     "transposed convolution": Case(
-        upsampled,
+        wirings.upsampled,
         lambda nn: {"up": nn.ConvTranspose2d(8, 12, 2, stride=2), "d": nn.Conv2d(8, 12, 1), "fc": nn.Linear(12, 5)},
         (("a",), ("up", "d"), ("b",)),
         {"fc": LAST},

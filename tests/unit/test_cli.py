@@ -52,7 +52,7 @@ def test_help_loads_nothing_heavy() -> None:
         "assert not loaded, loaded\n"
     )
     assert done.returncode == 0, done.stderr
-    for command in ("run", "check", "parity", "conformance", "inspect"):
+    for command in ("run", "check", "parity", "study", "conformance", "inspect"):
         assert command in done.stdout
 
 
@@ -237,3 +237,60 @@ def test_a_failed_case_is_exit_code_1(capsys: pytest.CaptureFixture[str], monkey
     assert "FAIL  a case" in out
     assert "raised AssertionError: on purpose" in out
     assert "0 of 1 cases pass" in out
+
+
+# Studies
+
+
+def arguments_of_study(*more: str) -> list[str]:
+    return ["study", "digits", "--vary", "stages[0].importance=l1_norm,l2_norm", "--backend", "torch", *more]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["study", "digits", "--vary", "seed=0,1"], "--backend: name the backend, or several"),
+        (["study", "digits", "--backend", "torch"], "nothing to vary"),
+        (["study", "digits", "--backend", "torch", "--vary", "seed"], "--vary seed: found no '='"),
+        (["study", "digits", "--backend", "torch", "--vary", "seed=0"], "at least two are needed"),
+        (arguments_of_study("--backend", "torch"), "backends: one is named twice"),
+        (arguments_of_study("--backend", "pytorch"), "did you mean 'torch'?"),
+        (arguments_of_study("--seeds", "a"), "'a' is no seed"),
+        (arguments_of_study("--vary", "stages[0].importanc=1,2"), "did you mean 'importance'?"),
+        (arguments_of_study("--vary", "stages[9].importance=1,2"), "'9' is none of the 3 places"),
+    ],
+)
+def test_a_mistake_in_a_study_is_a_line(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, out, err = call([*arguments, "-o", str(tmp_path / "s")], capsys, monkeypatch)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert all(line.startswith("slimbridge: ") for line in err.splitlines())
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_study_in_which_runs_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 1, all runs listed, and the study's folder is there."""
+    monkeypatch.setattr("slimbridge.study.runs.run_process", lambda arguments, say: f"no luck with {arguments[3]}")
+    folder = str(tmp_path / "s")
+    code, out, _ = call(arguments_of_study("--seeds", "0,1", "-o", folder, "--json"), capsys, monkeypatch)
+    found = json.loads(out)
+    assert code == 1
+    assert [run["folder"] for run in found["runs"]] == [
+        f"{name}-seed{seed}/torch" for name in ("l1_norm", "l2_norm") for seed in (0, 1)
+    ]
+    assert {run["error"] for run in found["runs"]} == {"no luck with torch"}
+    code, out, err = call(arguments_of_study("--seeds", "0,1", "-o", folder), capsys, monkeypatch)
+    assert code == 2
+    assert "exists and is not empty; resume it" in err
+    code, out, _ = call(arguments_of_study("--seeds", "0,1", "-o", folder, "--resume"), capsys, monkeypatch)
+    assert code == 1
+    assert "4 of 4 runs failed" in out
+    assert "l1_norm-seed0/torch: no luck with torch" in out

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from slimbridge.errors import PlanError
-from slimbridge.plan import Plan, load_plan, make_plan, plan_to_yaml, shipped_plans
+from slimbridge.plan import Plan, PruneStage, load_plan, make_plan, plan_to_yaml, shipped_plans
 from slimbridge.plan.loading import LARGEST, MOST_VALUES
 from slimbridge.plan.registries import ALL, IMPORTANCES
 
@@ -57,13 +57,10 @@ def test_the_saved_plan_holds_every_default() -> None:
     assert saved["device"] == "cpu"
     assert saved["baseline"] == {"weights": None, "train": None}
     prune, finetune, quantize = saved["stages"]
-    assert prune == {
-        "kind": "prune",
-        "importance": "l1_norm",
-        "pruning_ratio": 0.5,
-        "ignored_layers": [],
-        "finetune": None,
-    }
+    assert set(prune) == set(PruneStage.model_fields)
+    given = {"kind": "prune", "importance": "l1_norm", "pruning_ratio": 0.5, "ignored_layers": [], "finetune": None}
+    meant = {"selection": "local", "preset": None, "rated": None, "count_rule": None, "round_to": 1, "max_ratio": None}
+    assert {**prune, **given, **meant} == prune
     assert finetune["train"]["optimizer"] == {
         "kind": "sgd",
         "momentum": 0.9,
@@ -124,13 +121,15 @@ stages:
 @pytest.mark.parametrize(
     ("stage", "place", "words"),
     [
-        ({"kind": "prune"}, "stages[0].pruning_ratio", "is missing"),
+        ({"kind": "prune"}, "stages[0]", "says not how much: pruning_ratio, layer_ratios, target or sensitivity"),
+        ({**PRUNE, "preset": "torch-pruning"}, "stages[0].preset", "found 'torch-pruning'"),
+        ({**PRUNE, "count_rule": "floor"}, "stages[0].count_rule", "found 'floor'"),
         ({**PRUNE, "pruning_ratio": "half"}, "stages[0].pruning_ratio", "found 'half'"),
         ({**PRUNE, "pruning_ratio": 1.0}, "stages[0].pruning_ratio", "found 1.0"),
         ({**PRUNE, "pruning_ratio": float("nan")}, "stages[0].pruning_ratio", "found nan"),
         ({**PRUNE, "ignored_layers": "conv"}, "stages[0].ignored_layers", "found 'conv'"),
         ({**PRUNE, "kind": "prun"}, "stages[0]", "(did you mean 'prune'?)"),
-        ({"pruning_ratio": 0.5}, "stages[0]", "has no 'kind'; allowed: prune, distill, quantize, finetune"),
+        ({"pruning_ratio": 0.5}, "stages[0]", "has no 'kind'; allowed: prune, sparsify, distill, quantize, finetune"),
         ({**QUANTIZE, "weight_bits": 7}, "stages[0].weight_bits", "found 7; allowed: 8"),
         ({**QUANTIZE, "observer": "abs_max"}, "stages[0].observer", "(did you mean 'absmax'?)"),
         ({"kind": "finetune", "train": {"epochs": 1.5}}, "stages[0].train.epochs", "found 1.5"),

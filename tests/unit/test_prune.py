@@ -150,7 +150,7 @@ def test_layers_tied_to_an_ignored_one_stay_and_say_so(torch_backend: Backend) -
     decision = decide(torch_backend, Sum(), ignored_layers=("a",))
     assert [group.layers for group in decision.groups] == [("c",)]
     reasons = {item.layer: item.reason for item in decision.skipped}
-    assert reasons["b"] == "its channels are tied to 'a', which ignored_layers names"
+    assert reasons["b"] == "its channels are tied to 'a': ignored_layers names it"
 
 
 def test_a_ratio_that_removes_nothing_is_an_error(torch_backend: Backend) -> None:

@@ -7,17 +7,21 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import pytest
 
+from slimbridge.curves import GroupCurve, Sensitivity
 from slimbridge.errors import RunError
 from slimbridge.report.figures import count, duration, parity_sentence, size, verdict_word
 from slimbridge.report.html import render_html, write_html
 from slimbridge.report.records import Comparison, EpochRecord, LatencyRecord, RunReport, StageRecord, Verdict
+from slimbridge.report.study_html import render_study_html
 from slimbridge.report.table import render_comparison, render_run
+from tests.unit.test_study import SEEDS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>{{ 7*7 }} [red]\x1b[31m"
@@ -223,7 +227,10 @@ def test_the_page_asks_for_nothing_from_outside() -> None:
 
 def hostile() -> Comparison:
     bad = run(backend=HOSTILE, plan=HOSTILE, machine=HOSTILE, metric_name=HOSTILE, versions={HOSTILE: HOSTILE})
-    named = bad.stages[1].model_copy(update={"name": HOSTILE, "notes": (HOSTILE,)})
+    curve = GroupCurve(layers=(HOSTILE,), channels=8, points={0.5: 0.5})
+    curves = CURVES.model_copy(update={"importance": HOSTILE, "curves": (curve,)})
+    more = {"sensitivity": curves, "zeros": {HOSTILE: (1, 2)}}
+    named = bad.stages[1].model_copy(update={"name": HOSTILE, "notes": (HOSTILE,), **more})
     bad = bad.model_copy(update={"stages": (bad.stages[0], named, bad.stages[2])})
     claim = verdict(False, 1.0, reason=HOSTILE).model_copy(update={"stage": HOSTILE, "claim": HOSTILE, "unit": HOSTILE})
     return Comparison(runs=(bad, bad), verdicts=(claim,))
@@ -238,6 +245,66 @@ def test_hostile_text_stays_text() -> None:
     assert "49" not in body(page).split("{{ 7*7 }}")[0]
     ticks = specs(page)[0]["layout"]["xaxis"]["ticktext"]
     assert ticks[1].startswith("&lt;/script&gt;")
+
+
+CURVES = Sensitivity(
+    importance="l1_norm",
+    metric=0.99,
+    samples=450,
+    weights_digest="",
+    definition="",
+    curves=(
+        GroupCurve(layers=("conv1",), channels=16, points={0.5: 0.71, 0.25: 0.87}),
+        GroupCurve(layers=("conv2", "conv3", "conv4"), channels=32, points={0.25: 0.93}),
+    ),
+)
+ZEROS = {"conv1.weight": (10, 40), "fc.weight": (90, 120)}
+
+
+def pruned(backend: str = "torch") -> RunReport:
+    """A run whose stage 1 measured curves and whose stage 2 masks."""
+    whole = run(backend)
+    first, second, third = whole.stages
+    second = second.model_copy(update={"sensitivity": CURVES})
+    note = "masks save neither time nor memory"
+    third = third.model_copy(update={"kind": "sparsify", "name": "02-sparsify", "zeros": ZEROS, "notes": (note,)})
+    return whole.model_copy(update={"stages": (first, second, third)})
+
+
+def test_each_channel_group_has_its_curve_on_one_scale() -> None:
+    page = render_html(Comparison(runs=(pruned(), run("paddle")), verdicts=()))
+    plots = specs(page)[-2:]
+    for plot in plots:
+        go.Figure(plot)
+    assert [plot["data"][0]["x"] for plot in plots] == [[0, 25, 50], [0, 25]]
+    assert [plot["data"][0]["y"] for plot in plots] == [pytest.approx([99, 87, 71]), pytest.approx([99, 93])]
+    assert plots[0]["layout"]["yaxis"]["range"] == plots[1]["layout"]["yaxis"]["range"]
+    text = body(page)
+    assert "conv2, conv3, ... 1 more" in text
+    assert "01-prune, 32 channels" in text
+    assert "channels in order of l1_norm, 450 test samples, 99.00 % unpruned" in text
+    assert "conv1 16 87.00 71.00 conv2, conv3, conv4 32 93.00" in text
+
+
+def test_without_curves_there_is_no_section_for_them() -> None:
+    page = body(render_html(BOTH))
+    assert "Sensitivity" not in page
+    assert "Zeros by layer" not in page
+
+
+def test_zeros_of_each_masked_layer_are_bars() -> None:
+    page = render_html(Comparison(runs=(pruned(), pruned("paddle")), verdicts=()))
+    (plot,) = [plot for plot in specs(page) if plot["layout"]["yaxis"].get("ticktext") == ["conv1", "fc"]]
+    go.Figure(plot)
+    assert [trace["x"] for trace in plot["data"]] == [[25, 75]] * 2
+    assert plot["data"][1]["hovertext"] == ["paddle, conv1.weight: 10 of 40", "paddle, fc.weight: 90 of 120"]
+    text = body(page)
+    assert "torch: 62.50 % of 160 masked entries are zero" in text  # 100 / 160
+    assert "masks save neither time nor memory" in text
+
+
+def test_curves_and_zeros_come_back_from_a_file() -> None:
+    assert RunReport.model_validate_json(pruned().model_dump_json()) == pruned()
 
 
 def test_a_run_without_training_and_with_a_lost_metric() -> None:
@@ -328,17 +395,26 @@ def probe(page: str, folder: Path, width: int) -> dict[str, Any]:
     return state
 
 
+PAGES: dict[str, Callable[[], str]] = {
+    "usual": lambda: render_html(BOTH),
+    "hostile": lambda: render_html(hostile()),
+    "pruned": lambda: render_html(Comparison(runs=(pruned(), pruned("paddle")), verdicts=())),
+    "study": lambda: render_study_html(SEEDS),
+}
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on PATH")
 @pytest.mark.parametrize("width", [400, 1280])
-@pytest.mark.parametrize("comparison", [BOTH, hostile()], ids=["usual", "hostile"])
-def test_a_browser_draws_every_plot(comparison: Comparison, width: int, tmp_path: Path) -> None:
-    state = probe(render_html(comparison), tmp_path, width)
+@pytest.mark.parametrize("name", ["usual", "hostile", "pruned", "study"])
+def test_a_browser_draws_every_plot(name: str, width: int, tmp_path: Path) -> None:
+    page = PAGES[name]()
+    state = probe(page, tmp_path, width)
     assert state["errors"] == []
     assert (state["drawn"], state["failed"]) == (state["plots"], 0)
-    assert state["plots"] == len(specs(render_html(comparison)))
+    assert state["plots"] == len(specs(page))
     assert state["inner"] == width
     assert state["scroll"] == state["client"]
     light, dark, _ = state["themes"]
     assert light == ["light", "rgb(246, 247, 249)", "rgb(31, 111, 214)"]
     assert dark == ["dark", "rgb(15, 19, 24)", "rgb(108, 176, 255)"]
-    assert state["title"].endswith("slimbridge report")
+    assert state["title"].endswith("slimbridge study" if name == "study" else "slimbridge report")

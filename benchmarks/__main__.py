@@ -11,12 +11,11 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.cases import case, cases
-from benchmarks.harness import BenchmarkError, Case, require
+from benchmarks.harness import REPEATS, BenchmarkError, Case, require
 from benchmarks.records import CaseRecord, Environment, read_results
 from benchmarks.table import markdown
 from benchmarks.worker import run_series
 
-REPEATS = 9
 THREADS = 1  # with more, a busy core makes every parallel loop wait for it, and times vary tenfold
 
 
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--case", action="append", metavar="NAME", help=f"one of: {', '.join(cases())}; may be given again"
     )
-    parser.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help="timed runs (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, metavar="N", help=f"timed runs (default: the case's, mostly {REPEATS})")
     parser.add_argument(
         "--threads", type=int, default=THREADS, metavar="N", help="of an operation (default: %(default)s)"
     )
@@ -56,13 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for word in ("repeats", "threads"):
             found = getattr(options, word)
-            require(found >= 1, f"--{word} must be at least 1, found {found}")
+            require(found is None or found >= 1, f"--{word} must be at least 1, found {found}")
         require(options.output.is_dir(), f"--output: '{options.output}' is not a folder")
         chosen = [case(name) for name in options.case or cases()]
         results = read_results(data)
         for item in chosen:
-            print(f"{item.name}: {options.repeats} repetitions ...", flush=True)
-            results = results.with_case(item.name, run_case(item, options.repeats, options.threads))
+            repeats = options.repeats or item.repeats
+            print(f"{item.name}: {repeats} repetitions ...", flush=True)
+            results = results.with_case(item.name, run_case(item, repeats, options.threads))
             data.write_text(results.model_dump_json(indent=1) + "\n")
             (options.output / "RESULTS.md").write_text(markdown(results))
     except BenchmarkError as error:

@@ -2,100 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from benchmarks.harness import BenchmarkError, Case, Competitor, Series, require
-from benchmarks.resnet50 import FREE_GROUPS, Setting
-from benchmarks.toolkits import PaddleSlim, TorchPruning
+from benchmarks import series
+from benchmarks.harness import BenchmarkError, Case, Series
 from slimbridge.errors import listed, nearest
-from slimbridge.graph import find_units
-
-OURS = "slimbridge"
-COMMON = ("slimbridge", "numpy", "scipy")
-TORCH = (*COMMON, "torch", "torch-pruning")
-PADDLE = (*COMMON, "paddlepaddle", "paddleslim")
-
-_L1_OURS = "mean magnitude, averaged over a group's producing layers"
-_L1_TP = "graph + step; averages over every coupled layer, next convolutions and BN included"
-_L1_SLIM = (
-    "constructor + prune_vars, logging off; magnitude of the group's first layer; counts without the backup copies of "
-    "the old weights that it leaves in the model"
-)
-
-
-def _series(setting: Setting, distributions: tuple[str, ...], *competitors: Competitor) -> Series:
-    return Series(competitors, distributions, setting.backend.capabilities().threads)
-
-
-def _prune_torch() -> Series:
-    setting = Setting("torch")
-    other = TorchPruning(setting.backend.tensor(setting.model, setting.example))
-    return _series(
-        setting,
-        TORCH,
-        Competitor(OURS, setting.copy, setting.prune, setting.check_ours, _L1_OURS),
-        Competitor("Torch-Pruning", setting.copy, other.prune, setting.check_pruned, _L1_TP),
-    )
-
-
-def _prune_paddle() -> Series:
-    setting = Setting("paddle")
-    other = PaddleSlim()
-
-    def check(model: Any) -> Mapping[str, int]:
-        return setting.check_pruned(other.without_backups(model))
-
-    return _series(
-        setting,
-        PADDLE,
-        Competitor(OURS, setting.copy, setting.prune, setting.check_ours, _L1_OURS),
-        Competitor("PaddleSlim", setting.copy, other.prune, check, _L1_SLIM),
-    )
-
-
-def _our_groups(setting: Setting) -> Callable[[Any], int]:
-    return lambda model: len(find_units(setting.backend.trace(model, [setting.example])).groups())
-
-
-def _check_groups(found: int) -> Mapping[str, int]:
-    require(found == FREE_GROUPS, f"{found} channel groups found, ResNet-50 has {FREE_GROUPS}")
-    return {"channel groups": found}
-
-
-def _trace_torch() -> Series:
-    setting = Setting("torch")
-    other = TorchPruning(setting.backend.tensor(setting.model, setting.example))
-    return _series(
-        setting,
-        TORCH,
-        Competitor(OURS, setting.copy, _our_groups(setting), _check_groups, "trace + find_units"),
-        Competitor("Torch-Pruning", setting.copy, other.groups, _check_groups, "build_dependency + get_all_groups"),
-    )
-
-
-def _trace_paddle() -> Series:
-    setting = Setting("paddle")
-    other = PaddleSlim()
-    return _series(
-        setting,
-        PADDLE,
-        Competitor(OURS, setting.copy, _our_groups(setting), _check_groups, "trace + find_units"),
-        Competitor("PaddleSlim", setting.copy, other.groups, _check_groups, "DygraphPruningCollections, logging off"),
-    )
-
 
 _CASES = (
     Case(
         "prune_resnet50",
         "Trace ResNet-50 at 224 px, choose half of the channels of every group by L1 magnitude, and remove them. "
         "Definitions of the criterion differ (see the notes), so the channels chosen differ.",
-        {"torch": _prune_torch, "paddle": _prune_paddle},
+        {"torch": series.prune_torch, "paddle": series.prune_paddle},
+    ),
+    Case(
+        "prune_stage_resnet50",
+        "The same, as a run of a plan does it: ours leaves the given model alone, prunes a copy, and proves on the "
+        "example and on noise that removing the channels gives the outputs of zeroing them. The other toolkits do "
+        "what they did above: they have no such step.",
+        {"torch": series.prune_stage_torch, "paddle": series.prune_stage_paddle},
+    ),
+    Case(
+        "fpgm_resnet18",
+        "Trace ResNet-18 at 224 px, choose half of the channels of every group by their distances to the other filters "
+        "(FPGM), and remove them. The definition is the other toolkit's (a preset); arrays as ours: parameters and "
+        "buffers of the pruned model that are equal, bit for bit, to those of the model that ours pruned.",
+        {"torch": series.fpgm_torch, "paddle": series.fpgm_paddle},
+        repeats=3,  # PaddleSlim takes about ten seconds
     ),
     Case(
         "trace_resnet50",
         "Trace ResNet-50 at 224 px and find its channel groups.",
-        {"torch": _trace_torch, "paddle": _trace_paddle},
+        {"torch": series.trace_torch, "paddle": series.trace_paddle},
     ),
 )
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from slimbridge.errors import SlimbridgeError
 
+REPEATS = 9
+
 
 class BenchmarkError(SlimbridgeError):
     """A case cannot run, or a competitor's result is wrong."""
@@ -44,11 +46,13 @@ class Series:
         competitors: in the order of each round.
         distributions: installed distributions whose versions matter.
         threads: threads that one operation may use.
+        weights_bytes: memory of the whole model's arrays.
     """
 
     competitors: tuple[Competitor, ...]
     distributions: tuple[str, ...]
     threads: int
+    weights_bytes: int
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,13 @@ class Case:
         name: what `--case` takes.
         title: what is measured, one sentence.
         series: framework -> builder of its series; called in a process of its own, which may import the framework.
+        repeats: timed runs of each competitor, where nobody asks for another number.
     """
 
     name: str
     title: str
     series: Mapping[str, Callable[[], Series]] = field(default_factory=dict)
+    repeats: int = REPEATS
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class SeriesRecord(_Record):
         settings: environment variables that were set and matter.
         versions: distribution -> version.
         load_before, load_after: load average of the last minute.
+        weights_bytes: memory of the whole model's arrays; None in a record from before it was noted.
     """
 
     rows: tuple[Row, ...]
@@ -49,6 +50,7 @@ class SeriesRecord(_Record):
     versions: dict[str, str]
     load_before: float
     load_after: float
+    weights_bytes: int | None = None
 
 
 class Environment(_Record):

@@ -56,15 +56,17 @@ def _series(item: SeriesRecord) -> str:
 def table(series: SeriesRecord) -> str:
     """One row for each competitor, the columns of facts in the order of the first row."""
     facts = list(dict.fromkeys(key for row in series.rows for key in row.facts))
-    head = ["competitor", "median ms", "IQR ms", "ratio to ours", *facts, "peak extra memory MB", "notes"]
+    head = ["competitor", "median ms", "IQR ms", "ratio to ours", *facts, "peak extra memory MB", "x weights", "notes"]
     first, _ = summary(series.rows[0].seconds)
     lines = [head, ["---", *["---:"] * (len(head) - 2), "---"]]
-    lines += [_cells(row, facts, first) for row in series.rows]
+    lines += [_cells(row, facts, first, series.weights_bytes) for row in series.rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cells(row: Row, facts: list[str], first: float) -> list[str]:
+def _cells(row: Row, facts: list[str], first: float, weights: int | None) -> list[str]:
     median, spread = summary(row.seconds)
     numbers = [f"{row.facts[key]:,}" if key in row.facts else "" for key in facts]
-    memory = "not measured" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 1e6:.0f}"
-    return [row.name, f"{median:.1f}", f"{spread:.1f}", f"{median / first:.2f}", *numbers, memory, row.note]
+    peak = row.peak_extra_bytes
+    memory = "not measured" if peak is None else f"{peak / 1e6:.0f}"
+    share = "" if peak is None or not weights else f"{peak / weights:.2f}"
+    return [row.name, f"{median:.1f}", f"{spread:.1f}", f"{median / first:.2f}", *numbers, memory, share, row.note]

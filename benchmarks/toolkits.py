@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from benchmarks.harness import BenchmarkError
-from benchmarks.resnet50 import RATIO, SHAPE
+from benchmarks.setting import RATIO, SHAPE
 
 
-def toolkit(name: str, distribution: str) -> Any:
-    """Import a module; BenchmarkError says what to install."""
+@contextmanager
+def _installed(extra: str) -> Iterator[None]:
+    """BenchmarkError says what to install when a module is missing."""
     try:
-        return import_module(name)
+        yield
     except ModuleNotFoundError as error:
-        raise BenchmarkError(f"'{error.name}' is not installed: pip install '{distribution}'") from error
+        raise BenchmarkError(f"'{error.name}' is not installed: pip install 'slimbridge[{extra}]'") from error
 
 
 class TorchPruning:
-    """Torch-Pruning: L1 magnitude, each group by itself, the output layer left alone."""
+    """Torch-Pruning: each group by itself, the output layer left alone."""
 
     def __init__(self, example: Any) -> None:
-        self.module = toolkit("torch_pruning", "slimbridge[bench]")
+        with _installed("bench"):
+            self.module = import_module("torch_pruning")
         self.example = example
 
-    def prune(self, model: Any) -> Any:
+    def l1(self, model: Any) -> Any:
+        """Prune by L1 magnitude."""
+        return self._prune(model, self.module.importance.MagnitudeImportance(p=1))
+
+    def fpgm(self, model: Any) -> Any:
+        """Prune by distance to the geometric median."""
+        return self._prune(model, self.module.importance.FPGMImportance())
+
+    def _prune(self, model: Any, importance: Any) -> Any:
         """Build the dependency graph and take one step, in place."""
         pruner = self.module.pruner.MagnitudePruner(
             model,
             self.example,
-            importance=self.module.importance.MagnitudeImportance(p=1),
+            importance=importance,
             global_pruning=False,
             pruning_ratio=RATIO,
             ignored_layers=[model.fc],
@@ -44,39 +56,34 @@ class TorchPruning:
 
 
 class PaddleSlim:
-    """PaddleSlim's L1NormFilterPruner, every group that it finds at the same ratio."""
+    """PaddleSlim's filter pruners, every group that they find at the same ratio; quiet."""
 
     def __init__(self) -> None:
-        # 2.6.0 was written for an older Paddle. On 3.3 its tracing needs a name that was made public since, and the
-        # old intermediate representation; it leaves the process in static mode. The three are put right here.
-        self.paddle = toolkit("paddle", "slimbridge[paddle]")
-        base = self.paddle.base.dygraph.base
-        if not hasattr(base, "_to_static_mode_guard_"):
-            base._to_static_mode_guard_ = base.to_static_mode_guard
-        self.pruning = toolkit("paddleslim.dygraph.prune", "slimbridge[paddle]")
-        tracing = toolkit("paddleslim.core.dygraph", "slimbridge[paddle]")
-        tracing._dy2prog = self._guarded(tracing._dy2prog)
-        self.collections = toolkit("paddleslim.dygraph.prune.var_group", "slimbridge[paddle]").DygraphPruningCollections
+        # The Paddle backend's own work-around: PaddleSlim 2.6.0 was written for an older Paddle.
+        with _installed("paddle"):
+            self._toolkit = import_module("slimbridge_paddle._compat").paddleslim_pruning
+            with self._toolkit():
+                pass
 
-    def _guarded(self, trace: Any) -> Any:
-        def guarded(*arguments: Any, **keywords: Any) -> Any:
-            try:
-                with self.paddle.pir_utils.OldIrGuard():
-                    return trace(*arguments, **keywords)
-            finally:
-                self.paddle.disable_static()
+    def l1(self, model: Any) -> Any:
+        """Prune by L1 magnitude."""
+        return self._prune(model, "L1NormFilterPruner")
 
-        return guarded
+    def fpgm(self, model: Any) -> Any:
+        """Prune by distance to the geometric median."""
+        return self._prune(model, "FPGMFilterPruner")
 
-    def prune(self, model: Any) -> Any:
+    def _prune(self, model: Any, name: str) -> Any:
         """Trace, choose and remove, in place."""
-        pruner = self.pruning.L1NormFilterPruner(model, [list(SHAPE)])
-        pruner.prune_vars({item.master_name: RATIO for item in pruner.collections}, 0)
+        with self._toolkit() as pruning:
+            pruner = getattr(pruning, name)(model, [list(SHAPE)])
+            pruner.prune_vars({item.master_name: RATIO for item in pruner.collections}, 0)
         return model
 
     def groups(self, model: Any) -> int:
         """Trace and collect the groups."""
-        return sum(1 for _ in self.collections(model, [list(SHAPE)]))
+        with self._toolkit() as pruning:
+            return sum(1 for _ in pruning.DygraphPruningCollections(model, [list(SHAPE)]))
 
     @staticmethod
     def without_backups(model: Any) -> Any:

@@ -6,7 +6,6 @@ The answer goes to a file, because frameworks print; their output is shown only 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import subprocess
 import sys
@@ -47,6 +46,7 @@ def time_series(name: str, framework: str, repeats: int) -> SeriesRecord:
         versions=machine.versions(series.distributions),
         load_before=before,
         load_after=machine.load_average(),
+        weights_bytes=series.weights_bytes,
     )
 
 
@@ -103,7 +103,6 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--memory", metavar="COMPETITOR")
     options = parser.parse_args()
-    logging.disable(logging.WARNING)  # PaddleSlim logs each group; writing that is no part of the job
     answer: BaseModel
     try:
         if options.memory is None:

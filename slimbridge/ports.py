@@ -153,7 +153,7 @@ class Optimizer(Protocol):
             masks: canonical parameter name -> bool array of its canonical shape, True = trained as ever.
 
         Raises:
-            ModelError: a name is no trainable parameter, or a shape differs.
+            ModelError: a name is unknown, or a shape differs. A parameter that is not trained needs no holding.
         """
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-
-import numpy as np
-from numpy.typing import NDArray
 
 from slimbridge.curves import Sensitivity
 from slimbridge.decisions import MaskDecision, PruneDecision, decision_to_json, load_decision
 from slimbridge.deploy.latency import measure_latency
 from slimbridge.files import write_file
-from slimbridge.graph import Graph, cost_of, find_units
+from slimbridge.graph import Graph, Units, cost_of, find_units
 from slimbridge.plan import PruneStage, SparsifyStage, TrainSection
 from slimbridge.plan.registries import ENTRY_IMPORTANCES, IMPORTANCES, as_importance
-from slimbridge.ports import Array, Loss, Model, Optimizer
+from slimbridge.ports import Array, Layer, Loss, Model, Optimizer
 from slimbridge.prune import Pruner
 from slimbridge.prune.evidence import Evidence, collect
 from slimbridge.prune.gmp import GmpSchedule
@@ -42,8 +39,8 @@ def prune_stage(scene: Scene, name: str, stage: PruneStage, model: Model) -> Out
     basis, found = _basis(scene, name, stage, whole, scene.backend.trace(whole, scene.example))
     model, decision = _decided(scene, name, stage, whole, basis)
     masks = masks_in_force([*scene.decisions, decision])
-    candidates = sum(layer.kind in ("conv", "conv_transpose", "linear") for layer in scene.backend.layers(model))
-    lines = (*_prune_notes(stage, decision, candidates), *_target_notes(scene, stage, basis, (whole, model)))
+    lines = _prune_notes(stage, decision, scene.backend.layers(model))
+    lines = (*lines, *_target_notes(scene, stage, basis, (whole, model)))
     outcome = Outcome(model, decision, epochs=epochs, notes=lines, sensitivity=found)
     if stage.finetune is None:
         return outcome
@@ -120,15 +117,15 @@ def _prepare(scene: Scene, name: str, stage: PruneStage, model: Model) -> tuple[
         )
     units = find_units(graph)
     decision = pruner.decide(graph, backend.read(model)) if section.method == "growing" else None
-    goes = {u for p in units.producers for u in _gone(decision, p.weight, p.units)} if decision else set()
+    goes = _units_of(decision, units) if decision is not None else set()
     term = penalty(section, backend.ops, units, graph, backend, model, goes)
     return _train_with(scene, f"{name}-preparation", section.train, model, term)
 
 
-def _gone(decision: PruneDecision, weight: str, units: NDArray[np.int64]) -> list[int]:
-    """Units of a producer's output channels that a decision removes."""
-    kept = decision.kept.get(weight, {}).get(0)
-    return [] if kept is None else np.delete(units, list(kept)).tolist()
+def _units_of(decision: PruneDecision, units: Units) -> set[int]:
+    """The units that a decision removes."""
+    groups = {group.layers: group.units for group in units.groups()}
+    return {unit for choice in decision.groups for unit in groups[choice.layers][list(choice.removed)].tolist()}
 
 
 def _train_with(
@@ -184,14 +181,16 @@ def decide_masks(scene: Scene, stage: SparsifyStage, model: Model, held: Mapping
     return Sparsifier(stage, scene.plan.seed).decide(scene.backend.layers(model), graph, weights, evidence, held=held)
 
 
-def _prune_notes(stage: PruneStage, decision: PruneDecision, candidates: int) -> tuple[str, ...]:
-    layers = sum(len(group.layers) for group in decision.groups if group.removed)
+def _prune_notes(stage: PruneStage, decision: PruneDecision, layers: Sequence[Layer]) -> tuple[str, ...]:
+    axes = {"conv": 0, "linear": 0, "conv_transpose": 1}
+    weights = [(layer.params.get("weight", ""), axes[layer.kind]) for layer in layers if layer.kind in axes]
+    narrower = sum(axis in decision.kept.get(name, {}) for name, axis in weights)
     removed = sum(len(group.removed) for group in decision.groups)
     total = sum(group.channels for group in decision.groups)
     what = "attention heads" if stage.granularity == "heads" else "channels"
     line = (
         f"{removed} of {total} {what} removed; channel groups: {len(decision.groups)}; layers that lose outputs: "
-        f"{layers} of {candidates}"
+        f"{narrower} of {len(weights)}"
     )
     unproved = () if decision.exact else ("channels of a LayerNorm went: that is not the same as zeroing them",)
     return (line, *unproved, *skipped_notes(decision.skipped))

@@ -93,24 +93,12 @@ def _shown(default: Any) -> str:
 def _rows() -> Iterator[tuple[str, str, str]]:
     from slimbridge import zoo
     from slimbridge.discovery import backend_names
-    from slimbridge.plan import registries, shipped_plans
+    from slimbridge.plan import shipped_plans
     from slimbridge.tasks import DATA_SETS, metrics
 
     for name in backend_names():
         yield "backend", name, f"`pip install 'slimbridge[{name}]'`"
-    for name in registries.IMPORTANCES.names():
-        criterion = registries.as_importance(registries.IMPORTANCES.get(name))
-        yield "importance", name, _first_sentence(criterion.score) + _from(criterion.source)
-    for name in registries.ENTRY_IMPORTANCES.names():
-        entry = registries.ENTRY_IMPORTANCES.get(name)
-        yield "importance of entries", name, _first_sentence(entry.score) + _from(entry.source)
-    for name in registries.OBSERVERS.names():
-        yield "observer", name, _first_sentence(registries.OBSERVERS.get(name))
-    for name in registries.LOSSES.names():
-        loss = registries.LOSSES.get(name)
-        yield "loss", name, f"{_first_sentence(loss.function)} ({loss.source})"
-    for name in registries.SCHEDULES.names():
-        yield "schedule", name, _first_sentence(registries.SCHEDULES.get(name))
+    yield from _registered()
     for name, entry in zoo.models().items():
         yield "zoo model", name, f"{entry.doc} ({entry.paper.rsplit(',', 1)[-1].strip()})"
     for name, load in DATA_SETS.items():
@@ -119,6 +107,24 @@ def _rows() -> Iterator[tuple[str, str, str]]:
         yield "metric", name, _first_sentence(metric)
     for name in shipped_plans():
         yield "plan", name, "shipped"
+
+
+def _registered() -> Iterator[tuple[str, str, str]]:
+    from slimbridge.plan import registries
+
+    for name in registries.IMPORTANCES.names():
+        criterion = registries.as_importance(registries.IMPORTANCES.get(name))
+        yield "importance of channels", name, _first_sentence(criterion.score) + _from(criterion.source)
+    for name in registries.ENTRY_IMPORTANCES.names():
+        single = registries.ENTRY_IMPORTANCES.get(name)
+        yield "importance of entries", name, _first_sentence(single.score) + _from(single.source)
+    for name in registries.OBSERVERS.names():
+        yield "observer", name, _first_sentence(registries.OBSERVERS.get(name))
+    for name in registries.LOSSES.names():
+        loss = registries.LOSSES.get(name)
+        yield "loss", name, f"{_first_sentence(loss.function)} ({loss.source})"
+    for name in registries.SCHEDULES.names():
+        yield "schedule", name, _first_sentence(registries.SCHEDULES.get(name))
 
 
 def _from(source: str) -> str:

@@ -33,7 +33,9 @@ class PaddleOptimizer:
 
     def __init__(self, model: Any, settings: OptimizerSettings) -> None:
         """Raise ModelError for a model that has nothing to train, BackendError for settings without a meaning."""
-        self._entries = {entry.name: entry for entry in entries(model) if entry.trainable}
+        known = entries(model)
+        self._entries = {entry.name: entry for entry in known if entry.trainable}
+        self._untrained = {entry.name for entry in known if not entry.trainable}
         if not self._entries:
             raise ModelError("make_optimizer: the model has no trainable parameter")
         self.settings = settings
@@ -75,9 +77,10 @@ class PaddleOptimizer:
 
     def hold_zeros(self, masks: Mapping[str, Array]) -> None:
         """Zero the entries whose mask is False after each step; see `slimbridge.ports.Optimizer.hold_zeros`."""
+        masks = {name: mask for name, mask in masks.items() if name not in self._untrained}
         for name, mask in masks.items():
             if name not in self._entries:
-                raise ModelError(f"hold_zeros: no trainable parameter '{name}'{nearest(name, self._entries)}")
+                raise ModelError(f"hold_zeros: no parameter '{name}'{nearest(name, self._entries)}")
             if np.shape(mask) != self._entries[name].shape:
                 shape = self._entries[name].shape
                 raise ModelError(f"hold_zeros: '{name}' has shape {shape}, its mask {np.shape(mask)}")

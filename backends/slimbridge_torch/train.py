@@ -37,6 +37,7 @@ class TorchOptimizer:
         self._parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
         if not self._parameters:
             raise ModelError("make_optimizer: the model has no trainable parameter")
+        self._untrained = tensors.keys() - self._parameters.keys()
         self._native = _native(list(self._parameters.values()), settings)
         self._slots = _slots(settings)
         self._ready = False
@@ -73,13 +74,15 @@ class TorchOptimizer:
             masks: parameter's name -> bool array of its shape, True = trained as ever.
 
         Raises:
-            ModelError: a name is no trainable parameter, a shape differs, or an array is not bool; nothing is changed.
+            ModelError: a name is unknown, a shape differs, or an array is not bool; nothing is changed.
         """
         held = {}
         for name, mask in masks.items():
             parameter = self._parameters.get(name)
+            if parameter is None and name in self._untrained:
+                continue
             if parameter is None:
-                raise ModelError(f"hold_zeros: '{name}' is no trainable parameter{nearest(name, self._parameters)}")
+                raise ModelError(f"hold_zeros: '{name}' is no parameter{nearest(name, self._parameters)}")
             if np.shape(mask) != tuple(parameter.shape) or np.asarray(mask).dtype != bool:
                 found = f"{np.asarray(mask).dtype} of shape {np.shape(mask)}"
                 raise ModelError(f"hold_zeros: '{name}': bool of shape {tuple(parameter.shape)} needed, found {found}")

@@ -169,6 +169,7 @@ def _depthwise(walk: Walk, node: Node, channels: IdArray) -> None:
     """Each input channel has outputs of its own; they go with it."""
     shape = walk.shape(node.outputs[0])
     carried = np.repeat(channels, shape[1] // channels.size)
+    walk.followers.append(Producer(node.name, "depthwise", node.params["weight"], carried))
     walk.ledger.touch(node.params["weight"], 0, channels if node.attrs.get("transposed", False) else carried)
     if "bias" in node.params:
         walk.ledger.touch(node.params["bias"], 0, carried)

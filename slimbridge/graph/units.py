@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 
 from slimbridge.graph.model import Graph
 from slimbridge.graph.provenance import walked
-from slimbridge.graph.walk import Rules, Walk
+from slimbridge.graph.walk import Producer, Rules, Walk
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Units:
         touched: (parameter, axis) -> unit of each entry along that axis.
         frozen: unit -> why it must stay.
         producers: the layers that issue channels, each weight once, in graph order.
+        followers: depthwise convolutions ("depthwise"), which issue none: their outputs go with their inputs.
         heads: layer path -> unit of each of its attention heads, where heads were asked for.
         inexact: units that a LayerNorm normalises: removing them is not zeroing them.
         products: index of a node that multiplies two activations -> (sizes of its output's axes and of the contracted
@@ -62,6 +63,7 @@ class Units:
     touched: Mapping[tuple[str, int], NDArray[np.int64]]
     frozen: Mapping[int, str]
     producers: tuple[UnitProducer, ...]
+    followers: tuple[UnitProducer, ...] = ()
     heads: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     inexact: frozenset[int] = frozenset()
     products: Mapping[int, tuple[tuple[int, ...], Mapping[int, NDArray[np.int64]]]] = field(default_factory=dict)
@@ -133,15 +135,21 @@ def find_units(graph: Graph, rules: Rules | None = None) -> Units:
         for unit in np.setdiff1d(labels, cut).tolist():
             frozen.setdefault(unit, "it is no attention head, and heads alone are to go")
     touched = {key: labels[ids] for key, ids in ledger.touched.items()}
-    producers = {p.weight: UnitProducer(p.layer, p.kind, p.weight, labels[p.ids]) for p in reversed(walk.producers)}
     return Units(
         touched,
         frozen,
-        tuple(reversed(producers.values())),
+        _labelled(walk.producers, labels),
+        _labelled(walk.followers, labels),
         heads,
         frozenset(unit for ids in walk.inexact for unit in labels[ids].tolist()),
         {item.node: (item.sizes, {axis: labels[ids] for axis, ids in item.ids.items()}) for item in walk.products},
     )
+
+
+def _labelled(layers: Sequence[Producer], labels: NDArray[np.int64]) -> tuple[UnitProducer, ...]:
+    """Each weight once, as its layer ran first, with units in place of ids."""
+    found = {p.weight: UnitProducer(p.layer, p.kind, p.weight, labels[p.ids]) for p in reversed(layers)}
+    return tuple(reversed(found.values()))
 
 
 def _united_heads(walk: Walk, labels: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:

@@ -60,6 +60,7 @@ class Walk:
         ids: tensor id -> channel ids.
         ledger: what was said of the ids.
         producers: in order.
+        followers: depthwise convolutions, whose outputs go with their inputs, in order.
         constants: tensor ids of constants.
         loose: tensor id -> name, of parameters that are used as they are, outside any layer.
         heads: (layer path, ids of its attention heads), where heads are cut.
@@ -74,6 +75,7 @@ class Walk:
     ids: dict[int, IdArray] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     producers: list[Producer] = field(default_factory=list)
+    followers: list[Producer] = field(default_factory=list)
     constants: set[int] = field(default_factory=set)
     loose: dict[int, str] = field(default_factory=dict)
     heads: list[tuple[str, IdArray]] = field(default_factory=list)

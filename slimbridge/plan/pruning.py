@@ -175,8 +175,8 @@ class GmpSection(Section):
     """Gradual magnitude pruning: sparsity grows with the third power of time while the model trains.
 
     Attributes:
-        convention: paddleslim (initial sparsity from the first step on, s(t) up to the end of the ramp) or torch_ao
-            (zero before the start; level s0 + (s1 - s0) (1 - (1 - t) ** 3)).
+        convention: paddleslim (0 before the ramp, which is counted in whole stairs) or torch_ao (initial_sparsity
+            from the start on); both follow s0 + (s1 - s0) (1 - (1 - t) ** 3).
         initial_sparsity: at the start of the ramp.
         start_epoch, end_epoch: between which sparsity grows; None ends with the training.
         frequency: training steps between two changes of the masks.
@@ -256,4 +256,6 @@ class SparsifyStage(Section):
             raise ValueError("steps need 'finetune', and neither gmp nor engine native")
         if self.gmp and (self.sparsity is None or self.layer_sparsity or self.importance != "magnitude"):
             raise ValueError("gmp needs 'sparsity' alone, and importance magnitude")
+        if self.gmp and self.sparsity is not None and self.gmp.initial_sparsity > self.sparsity:
+            raise ValueError(f"gmp.initial_sparsity {self.gmp.initial_sparsity} is above sparsity {self.sparsity}")
         return self

@@ -113,6 +113,10 @@ def _skipped(
             reason = _why_left(producer.layer, partners.get(producer.layer, ()), ignored)
         if reason is not None:
             yield Skipped(layer=producer.layer, reason=reason)
+    for follower in units.followers:
+        reason = units.why_frozen(follower)
+        if reason is not None:
+            yield Skipped(layer=follower.layer, reason=reason)
 
 
 def _why_left(layer: str, partners: Collection[str], ignored: Mapping[str, str]) -> str:

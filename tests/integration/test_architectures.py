@@ -215,7 +215,7 @@ def normalise_kept_only(model: Any, decision: PruneDecision) -> None:
 
 @pytest.mark.parametrize("name", ["convnext", *ATTENTION])
 def test_normalised_channels_go_on_demand(name: str) -> None:
-    """All layers but the last lose channels; that is zeroing them and leaving them out of the LayerNorms' statistics."""
+    """All layers but the last lose channels; that is zeroing them and leaving them out of the statistics."""
     stage = PruneStage(pruning_ratio=0.5, layer_norm="prune")
     torch_side, paddle_side = (pruned_by(name, framework, stage) for framework in BACKENDS)
     backend, model, pruned, decision = torch_side

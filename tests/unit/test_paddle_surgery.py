@@ -87,7 +87,7 @@ def test_held_zeros_are_lifted_and_replaced() -> None:
 
 def test_held_zeros_that_do_not_fit_are_named() -> None:
     optimizer = BACKEND.make_optimizer(Tiny(), OptimizerSettings("sgd"))
-    with pytest.raises(ModelError, match=r"no trainable parameter 'conv.wight' \(did you mean 'conv.weight'"):
+    with pytest.raises(ModelError, match=r"no parameter 'conv.wight' \(did you mean 'conv.weight'"):
         optimizer.hold_zeros({"conv.wight": np.ones(1, bool)})
     with pytest.raises(ModelError, match=r"'fc.weight' has shape \(2, 16\), its mask \(16, 2\)"):
         optimizer.hold_zeros({"fc.weight": np.ones((16, 2), bool)})

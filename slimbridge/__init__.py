@@ -5,6 +5,7 @@
     compress(model, plan, ...)     run the plan -> Result (model, report, folder)
     restore(model, run_dir)        a fresh model and a run's folder -> the compressed model
     compare_runs(a, b, ...)        the parity of two runs -> Comparison
+    run_study(plan, vary, ...)     many runs of a plan with some of its values varied -> Study
 
 Nothing is imported before it is used; a framework only when a model of it is.
 """
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from slimbridge.errors import SlimbridgeError
     from slimbridge.plan import Plan, load_plan, shipped_plans
     from slimbridge.runner import Result, compare_runs, compress, restore
+    from slimbridge.study import run_study
     from slimbridge.tasks import Data, Split, load_data
 
 _HOMES = {
@@ -37,6 +39,7 @@ _HOMES = {
     "load_data": "slimbridge.tasks",
     "load_plan": "slimbridge.plan",
     "restore": "slimbridge.runner",
+    "run_study": "slimbridge.study",
     "shipped_plans": "slimbridge.plan",
 }
 
@@ -54,6 +57,7 @@ __all__ = [
     "load_data",
     "load_plan",
     "restore",
+    "run_study",
     "shipped_plans",
     "zoo",
 ]

@@ -96,10 +96,12 @@ def run_study(
 ) -> bool:
     """Run a study, print; True when no run failed."""
     from slimbridge.report.study_table import print_study
-    from slimbridge.study import study
+    from slimbridge import study as studies
 
     with bars() as shown:
-        found = study(plan, vary, backends=backends, output=folder, seeds=seeds, resume=resume, progress=shown)
+        found = studies.run_study(
+            plan, vary, backends=backends, output=folder, seeds=seeds, resume=resume, progress=shown
+        )
     if as_json:
         _emit(found.model_dump(mode="json"))
     else:

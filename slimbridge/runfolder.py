@@ -37,6 +37,7 @@ from slimbridge.report.records import RunReport, StageRecord
 from slimbridge.weights import digest_of, load_stored, load_weights, save_weights
 
 PROBE_FILE = "probe.safetensors"
+UNDER_WAY = "under-way"
 START = "start.safetensors"
 """The weights that a run starts from; gone when its first stage is complete."""
 
@@ -132,7 +133,8 @@ class RunFolder:
         trained = [name for name in self.complete_stages() if self.record(name).epochs or self.record(name).index]
         if trained or any(self.path.glob("checkpoint-*")):
             return False
-        shutil.rmtree(self.path / stage_names(self.plan())[0], ignore_errors=True)
+        for name in (stage_names(self.plan())[0], UNDER_WAY):
+            shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("run.json", "plan.yaml", START):
             (self.path / name).unlink(missing_ok=True)
         return True
@@ -170,7 +172,7 @@ class RunFolder:
 
     def file(self, name: str) -> Path:
         """A file that a stage keeps while it is under way, in a folder that is gone when the stage is complete."""
-        folder = self.path / "under-way"
+        folder = self.path / UNDER_WAY
         make_folder(folder)
         return folder / name
 
@@ -205,7 +207,7 @@ class RunFolder:
             shutil.rmtree(work, ignore_errors=True)
         for checkpoint in self.path.glob(f"checkpoint-{name}*"):
             checkpoint.unlink(missing_ok=True)
-        shutil.rmtree(self.path / "under-way", ignore_errors=True)
+        shutil.rmtree(self.path / UNDER_WAY, ignore_errors=True)
         (self.path / START).unlink(missing_ok=True)
 
     def record(self, name: str) -> StageRecord:

@@ -35,11 +35,12 @@ def trace(model: Any, inputs: Sequence[Array]) -> Graph:
     known = entries(model)
     builder = Builder({id(entry.tensor): entry for entry in known}, program)
     builder.build()
+    outputs = tuple(builder.outputs())  # may add constants, for parameters that are returned
     return Graph(
         nodes=tuple(builder.nodes),
         shapes=builder.shapes,
         inputs=builder.inputs,
-        outputs=tuple(builder.outputs()),
+        outputs=outputs,
         parameters={entry.name: entry.shape for entry in known},
     )
 

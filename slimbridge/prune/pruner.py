@@ -18,7 +18,7 @@ from slimbridge.prune.coupled import structures
 from slimbridge.prune.evidence import Evidence
 from slimbridge.prune.native import native_decision
 from slimbridge.prune.presets import Definition
-from slimbridge.prune.rate import rate_groups
+from slimbridge.prune.rate import rate_groups, unrated_groups
 from slimbridge.prune.scope import Scope, scope_of, units_before
 from slimbridge.prune.select import Amount, choose
 from slimbridge.prune.target import ROUNDS, search_ratio
@@ -87,6 +87,9 @@ class Pruner:
         scope = scope_of(self.stage, units)
         if not scope.groups:
             raise ModelError(_nothing_free(scope.skipped))
+        missing = unrated_groups(graph, units, scope.groups, self.definition, self.basis.evidence)
+        if len(missing) < len(scope.groups):
+            scope = scope.without(missing, f"importance '{self.definition.name}' finds nothing to rate its channels by")
         values = rate_groups(graph, units, scope.groups, weights, self.definition, self.basis.evidence)
         shapes = self.basis.initial if self.stage.relative_to != "current" else {}
         before = tuple(units_before(group, shapes) for group in scope.groups)

@@ -138,6 +138,21 @@ def rate_groups(
     return tuple(normalise(own, definition.normalisation) for own in np.split(values, places.ends[:-1]))
 
 
+def unrated_groups(
+    graph: Graph, units: Units, groups: Sequence[ChannelGroup], definition: Definition, evidence: Evidence
+) -> frozenset[int]:
+    """Indices of the groups with a channel that nothing rates: without a BatchNorm, or without a trained parameter."""
+    if definition.rated in ("producers", "coupled") and definition.importance.needs == "weights":
+        return frozenset()  # whatever makes a channel rates it
+    places = Places.of(units, groups)
+    rated = np.zeros(places.group_of[:-1].size, dtype=bool)
+    for axis in coupled_axes(graph, units, definition.rated):
+        if _has_evidence(axis, definition, evidence):
+            for _, _, at in places.within(axis):
+                rated[at[at >= 0]] = True
+    return frozenset(places.group_of[:-1][~rated].tolist())
+
+
 def _has_evidence(axis: CoupledAxis, definition: Definition, evidence: Evidence) -> bool:
     """A parameter that is not trained has no gradient, and is not rated by it."""
     needs = definition.importance.needs

@@ -28,6 +28,13 @@ class Scope:
     ratios: tuple[float | None, ...]
     skipped: tuple[Skipped, ...]
 
+    def without(self, missing: Collection[int], reason: str) -> Scope:
+        """Less the groups at some positions, whose layers are left alone for the reason."""
+        stays = [index for index in range(len(self.groups)) if index not in missing]
+        left = [Skipped(layer=layer, reason=reason) for index in sorted(missing) for layer in self.groups[index].layers]
+        groups, ratios = tuple(self.groups[i] for i in stays), tuple(self.ratios[i] for i in stays)
+        return Scope(groups, ratios, (*self.skipped, *left))
+
 
 def scope_of(stage: PruneStage, units: Units) -> Scope:
     """What the stage's patterns and kinds leave.
@@ -46,7 +53,8 @@ def scope_of(stage: PruneStage, units: Units) -> Scope:
     found = units.groups()
     for group in found:
         ratio = _ratio_of(group, own)
-        if not any(layer in ignored for layer in group.layers) and (whole or ratio is not None):
+        taken = not any(layer in ignored for layer in group.layers) and (whole or ratio is not None)
+        if taken and group.units.size > 1:
             groups.append(group)
             ratios.append(ratio)
     named = {layer for group in groups for layer in group.layers}
@@ -106,23 +114,28 @@ def _ratio_of(group: ChannelGroup, own: Mapping[str, float]) -> float | None:
 def _skipped(
     units: Units, groups: Sequence[ChannelGroup], ignored: Mapping[str, str], named: set[str]
 ) -> Iterator[Skipped]:
-    partners = {layer: group.layers for group in groups for layer in group.layers}
+    group_of = {layer: group for group in groups for layer in group.layers}
     for producer in units.producers:
         reason = units.why_frozen(producer)
         if reason is None and producer.layer not in named:
-            reason = _why_left(producer.layer, partners.get(producer.layer, ()), ignored)
+            reason = _why_left(producer.layer, group_of.get(producer.layer), ignored)
         if reason is not None:
             yield Skipped(layer=producer.layer, reason=reason)
+    lonely = [group.units[0] for group in groups if group.units.size == 1]
     for follower in units.followers:
         reason = units.why_frozen(follower)
+        if reason is None and np.isin(follower.units, lonely).all():
+            reason = "all its channels are tied to one another: none can go alone"
         if reason is not None:
             yield Skipped(layer=follower.layer, reason=reason)
 
 
-def _why_left(layer: str, partners: Collection[str], ignored: Mapping[str, str]) -> str:
+def _why_left(layer: str, group: ChannelGroup | None, ignored: Mapping[str, str]) -> str:
     if layer in ignored:
         return ignored[layer]
-    tied = [partner for partner in partners if partner in ignored]
+    tied = [partner for partner in group.layers if partner in ignored] if group is not None else []
     if tied:
         return f"its channels are tied to '{tied[0]}': {ignored[tied[0]]}"
+    if group is not None and group.units.size == 1:
+        return "all its channels are tied to one another: none can go alone"
     return "layer_ratios names neither it nor a layer of its group"

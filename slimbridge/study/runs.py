@@ -31,7 +31,7 @@ class _Task:
     folder: Path
 
 
-def study(
+def run_study(
     plan: str | Path | Mapping[str, Any] | Plan,
     vary: Mapping[str, Sequence[Any]] | None = None,
     *,

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from slimbridge.plan import load_plan
 from slimbridge.runfolder import RunFolder
-from slimbridge.study import study
+from slimbridge.study import run_study
 from tests.unit.test_study import PLAN
 
 
 def test_a_study_on_torch(tmp_path: Path) -> None:
     vary = {"stages[0].ignored_layers": [[], ["features.0"], ["conv9"]]}
-    found = study(PLAN, vary, backends=["torch"], output=tmp_path / "s")
+    found = run_study(PLAN, vary, backends=["torch"], output=tmp_path / "s")
     whole, partly, failed = found.runs
     assert "ignored_layers: 'conv9' matches none" in str(failed.error)
     assert whole.error is None

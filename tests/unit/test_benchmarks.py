@@ -11,10 +11,13 @@ import pytest
 from benchmarks import __main__ as program
 from benchmarks import machine, worker
 from benchmarks.cases import case, cases, series_of
-from benchmarks.harness import BenchmarkError, Competitor, measure, require, summary
+from benchmarks.harness import REPEATS, BenchmarkError, Competitor, measure, require, summary
 from benchmarks.memory import peak_extra
 from benchmarks.records import Results, Row, SeriesRecord, read_results
+from benchmarks.series import FPGM
+from benchmarks.setting import Setting
 from benchmarks.table import markdown, table
+from benchmarks.toolkits import TorchPruning
 
 
 class Clock:
@@ -57,6 +60,7 @@ def series() -> SeriesRecord:
         versions={"numpy": "1.26.4"},
         load_before=0.24,
         load_after=1.26,
+        weights_bytes=100_000_000,
     )
 
 
@@ -97,10 +101,31 @@ def test_summary_gives_median_and_interquartile_range_in_milliseconds() -> None:
 
 def test_the_table_has_a_row_for_each_competitor_and_the_ratio_to_the_first() -> None:
     head, rule, ours, other = table(series()).splitlines()
-    assert head == ("| competitor | median ms | IQR ms | ratio to ours | MACs after | peak extra memory MB | notes |")
-    assert rule.count("---") == 7
-    assert ours == "| slimbridge | 250.0 | 150.0 | 1.00 | 1,234,567 | not measured | ours |"
-    assert other == "| Other | 500.0 | 0.0 | 2.00 | 9 | 205 | theirs |"
+    assert head == (
+        "| competitor | median ms | IQR ms | ratio to ours | MACs after | peak extra memory MB | x weights | notes |"
+    )
+    assert rule.count("---") == 8
+    assert ours == "| slimbridge | 250.0 | 150.0 | 1.00 | 1,234,567 | not measured |  | ours |"
+    assert other == "| Other | 500.0 | 0.0 | 2.00 | 9 | 205 | 2.05 | theirs |"
+
+
+def test_a_record_without_the_weights_size_has_no_multiple_of_it() -> None:
+    old = series().model_copy(update={"weights_bytes": None})
+    assert table(old).splitlines()[-1] == "| Other | 500.0 | 0.0 | 2.00 | 9 | 205 |  | theirs |"
+
+
+def test_a_case_with_a_slow_competitor_runs_fewer_times_unless_a_number_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        program, "run_series", lambda name, framework, repeats, threads: asked.append(repeats) or series()
+    )
+    names = ["--case", "prune_resnet50", "--case", "fpgm_resnet18", "--output", str(tmp_path)]
+    assert program.main(names) == 0
+    assert program.main([*names, "--repeats", "5"]) == 0
+    assert asked == [REPEATS] * 2 + [case("fpgm_resnet18").repeats] * 2 + [5] * 4
+    assert case("fpgm_resnet18").repeats < REPEATS
 
 
 def test_the_page_says_where_and_with_what_it_ran(
@@ -194,3 +219,36 @@ def test_the_commit_is_dirty_when_files_other_than_the_results_differ(tmp_path: 
 def test_a_distribution_that_is_missing_is_named() -> None:
     found = machine.versions(["numpy", "no-such-distribution"])
     assert found == {"numpy": np.__version__, "no-such-distribution": "not installed"}
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return Setting("torch", "resnet18", FPGM)
+
+
+def test_a_setting_prunes_its_network_by_its_stage(setting: Setting) -> None:
+    model, decision = setting.prune(setting.copy())
+    assert decision.importance == "fpgm"
+    assert setting.check_ours((model, decision)).keys() == {"parameters after", "MACs after"}
+    assert setting.like_ours(model) == {"arrays as ours": len(setting.weights)}
+    assert setting.weights_bytes == 4 * sum(array.size for array in setting.weights.values())
+
+
+def test_a_model_that_was_not_pruned_is_no_result(setting: Setting) -> None:
+    with pytest.raises(BenchmarkError, match="11699112 parameters, 11699112 before"):
+        setting.check_pruned(setting.copy())
+    assert setting.like_ours(setting.model)["arrays as ours"] < len(setting.weights)
+
+
+def test_a_removal_that_differs_from_zeroing_is_no_result(setting: Setting) -> None:
+    model, decision = setting.prune(setting.copy())
+    weight = setting.backend.read(model)["fc.weight"]
+    setting.backend.write(model, {"fc.weight": weight[::-1]}, partial=True)
+    with pytest.raises(BenchmarkError, match="removing differs from zeroing"):
+        setting.check_ours((model, decision))
+
+
+def test_a_missing_toolkit_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(BenchmarkError, match=r"pip install 'slimbridge\[bench\]'"):
+        TorchPruning(None)

@@ -461,7 +461,7 @@ def test_a_transposed_convolution(groups: int, kept_in: tuple[int, ...], kept_ou
     units = find_units(graph)
     assert [(p.layer, p.kind) for p in units.producers][:2] == [("a", "conv"), ("t", "transposed")]
     before, after = units.groups()[0].units, units.groups()[1].units
-    removed = {int(before[1 if groups == 1 else 1]), int(after[2 if groups == 1 else 0])}
+    removed = {int(before[1]), int(after[2 if groups == 1 else 0])}
     kept = units.kept(removed)
     assert kept["t.weight"] == {0: kept_in, 1: kept_out if groups == 1 else (1,)}
     assert kept["t.bias"] == {0: kept_out}

@@ -23,7 +23,7 @@ from slimbridge.report.study_html import render_study_html
 from slimbridge.report.study_records import Study, StudyRun, StudyStage, lines_of, read_study
 from slimbridge.report.study_table import render_study
 from slimbridge.runfolder import stage_names
-from slimbridge.study import study
+from slimbridge.study import run_study
 from slimbridge.study.process import run_process
 from slimbridge.study.vary import combinations, parse_seeds, parse_vary
 
@@ -219,7 +219,7 @@ BOTH = ("torch", "paddle")
 
 
 def test_every_combination_runs_on_every_backend_from_one_baseline(runs: Runs, tmp_path: Path) -> None:
-    found = study(PLAN, VARY, backends=BOTH, output=tmp_path / "s")
+    found = run_study(PLAN, VARY, backends=BOTH, output=tmp_path / "s")
     names = ["l1_norm-0.25", "l1_norm-0.5", "l2_norm-0.25", "l2_norm-0.5"]
     assert runs.folders == [f"{name}/{backend}" for name in names for backend in BOTH]
     assert runs.baselines() == [None, *["l1_norm-0.25/torch"] * 7]
@@ -236,7 +236,7 @@ def test_every_combination_runs_on_every_backend_from_one_baseline(runs: Runs, t
 
 
 def test_each_seed_has_a_baseline_of_its_own(runs: Runs, tmp_path: Path) -> None:
-    found = study(PLAN, {RATIO: [0.25, 0.5]}, backends=["torch"], output=tmp_path / "s", seeds=(0, 7))
+    found = run_study(PLAN, {RATIO: [0.25, 0.5]}, backends=["torch"], output=tmp_path / "s", seeds=(0, 7))
     assert runs.folders == ["0.25-seed0/torch", "0.25-seed7/torch", "0.5-seed0/torch", "0.5-seed7/torch"]
     assert runs.baselines() == [None, None, "0.25-seed0/torch", "0.25-seed7/torch"]
     plan = load_plan(tmp_path / "s/0.5-seed7/plan.yaml")
@@ -247,7 +247,7 @@ def test_each_seed_has_a_baseline_of_its_own(runs: Runs, tmp_path: Path) -> None
 
 
 def test_what_changes_the_baseline_is_not_shared(runs: Runs, tmp_path: Path) -> None:
-    study(PLAN, {"baseline.train.epochs": [1, 2]}, backends=BOTH, output=tmp_path / "s")
+    run_study(PLAN, {"baseline.train.epochs": [1, 2]}, backends=BOTH, output=tmp_path / "s")
     assert runs.baselines() == [None, "1/torch", None, "2/torch"]
 
 
@@ -257,13 +257,13 @@ def test_without_a_trained_baseline_none_is_shared(runs: Runs, tmp_path: Path) -
 
 
 def test_seeds_alone_are_a_study(runs: Runs, tmp_path: Path) -> None:
-    found = study(PLAN, backends=["torch"], output=tmp_path / "s", seeds=(0, 1))
+    found = run_study(PLAN, backends=["torch"], output=tmp_path / "s", seeds=(0, 1))
     assert [run.folder for run in found.runs] == ["tiny-seed0/torch", "tiny-seed1/torch"]
 
 
 def test_a_failed_run_does_not_cost_the_others(runs: Runs, tmp_path: Path) -> None:
     runs.fails = lambda folder: "it broke" if folder.parent.name == "l1_norm-0.25" else None
-    found = study(PLAN, VARY, backends=BOTH, output=tmp_path / "s")
+    found = run_study(PLAN, VARY, backends=BOTH, output=tmp_path / "s")
     assert [(run.folder, run.error) for run in found.failed] == [
         ("l1_norm-0.25/torch", "it broke"),
         ("l1_norm-0.25/paddle", "it broke"),
@@ -273,7 +273,7 @@ def test_a_failed_run_does_not_cost_the_others(runs: Runs, tmp_path: Path) -> No
     assert "l1_norm-0.25/paddle: it broke" in (tmp_path / "s/report.html").read_text(encoding="utf-8")
     runs.asked.clear()
     runs.fails = lambda folder: None
-    again = study(PLAN, VARY, backends=BOTH, output=tmp_path / "s", resume=True)
+    again = run_study(PLAN, VARY, backends=BOTH, output=tmp_path / "s", resume=True)
     assert runs.folders == ["l1_norm-0.25/torch", "l1_norm-0.25/paddle"]
     assert again.failed == ()
     assert len(again.runs) == 8
@@ -281,7 +281,7 @@ def test_a_failed_run_does_not_cost_the_others(runs: Runs, tmp_path: Path) -> No
 
 def test_a_run_without_a_report_has_failed(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimbridge.study.runs.run_process", lambda arguments, say: None)
-    found = study(PLAN, VARY, backends=["torch"], output=tmp_path / "s")
+    found = run_study(PLAN, VARY, backends=["torch"], output=tmp_path / "s")
     assert {run.error for run in found.runs} == {"left no report"}
     assert "No run is complete" in render_study_html(found)
     assert "4 of 4 runs failed" in str(found)
@@ -291,7 +291,7 @@ def test_a_resumed_run_goes_on_with_the_baseline_it_began_with(runs: Runs, tmp_p
     folder = tmp_path / "s" / "0.5" / "paddle"
     folder.mkdir(parents=True)
     (folder / "plan.yaml").write_text(json.dumps({**PLAN, "baseline": {"weights": "/elsewhere/x/y/w.safetensors"}}))
-    study(PLAN, {RATIO: [0.25, 0.5]}, backends=BOTH, output=tmp_path / "s", resume=True)
+    run_study(PLAN, {RATIO: [0.25, 0.5]}, backends=BOTH, output=tmp_path / "s", resume=True)
     assert runs.baselines() == [None, "0.25/torch", "0.25/torch", "elsewhere/x"]
 
 
@@ -303,18 +303,18 @@ def test_a_killed_study_has_what_was_done(runs: Runs, tmp_path: Path) -> None:
 
     runs.fails = killed
     with pytest.raises(KeyboardInterrupt):
-        study(PLAN, VARY, backends=["torch"], output=tmp_path / "s")
+        run_study(PLAN, VARY, backends=["torch"], output=tmp_path / "s")
     assert [run.combination for run in read_study(tmp_path / "s/study.json").runs] == ["l1_norm-0.25", "l1_norm-0.5"]
     runs.fails = lambda folder: None
     runs.asked.clear()
-    assert len(study(PLAN, VARY, backends=["torch"], output=tmp_path / "s", resume=True).runs) == 4
+    assert len(run_study(PLAN, VARY, backends=["torch"], output=tmp_path / "s", resume=True).runs) == 4
     assert runs.folders == ["l2_norm-0.25/torch", "l2_norm-0.5/torch"]
 
 
 def test_another_plan_does_not_pass_for_what_is_there(runs: Runs, tmp_path: Path) -> None:
-    study(PLAN, {RATIO: [0.25, 0.5]}, backends=["torch"], output=tmp_path / "s")
+    run_study(PLAN, {RATIO: [0.25, 0.5]}, backends=["torch"], output=tmp_path / "s")
     changed = {**PLAN, "seed": 5}
-    found = study(changed, {RATIO: [0.25, 0.5]}, backends=["torch"], output=tmp_path / "s", resume=True)
+    found = run_study(changed, {RATIO: [0.25, 0.5]}, backends=["torch"], output=tmp_path / "s", resume=True)
     assert all("holds another plan, from an earlier study" in str(run.error) for run in found.runs)
 
 
@@ -341,15 +341,15 @@ def test_a_mistake_runs_nothing(runs: Runs, tmp_path: Path, changes: dict[str, A
 
 def test_an_unknown_backend_is_said_first(tmp_path: Path) -> None:
     with pytest.raises(SlimbridgeError, match=r"did you mean 'torch'\?"):
-        study(PLAN, VARY, backends=["torhc"], output=tmp_path / "s")
+        run_study(PLAN, VARY, backends=["torhc"], output=tmp_path / "s")
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(RunError, match="exists and is not empty"):
-        study(PLAN, VARY, backends=BOTH, output=tmp_path)
+        run_study(PLAN, VARY, backends=BOTH, output=tmp_path)
     with pytest.raises(RunError, match="exists and is not empty"):
-        study(PLAN, VARY, backends=BOTH, output=tmp_path / "note.txt")
+        run_study(PLAN, VARY, backends=BOTH, output=tmp_path / "note.txt")
     assert runs.asked == []
 
 

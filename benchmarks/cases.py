@@ -15,9 +15,9 @@ _CASES = (
     ),
     Case(
         "prune_stage_resnet50",
-        "The same, as a run of a plan does it: ours leaves the given model alone, prunes a copy, and proves on the "
-        "example and on noise that removing the channels gives the outputs of zeroing them. The other toolkits do "
-        "what they did above: they have no such step.",
+        "Half of ResNet-50's channels by L1 magnitude, as a run of a plan removes them: ours leaves the given model "
+        "alone, prunes a copy, and proves on the example and on noise that removing the channels gives the outputs of "
+        "zeroing them. The other toolkits have no such proof: they do what they do in prune_resnet50.",
         {"torch": series.prune_stage_torch, "paddle": series.prune_stage_paddle},
     ),
     Case(

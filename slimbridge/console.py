@@ -95,8 +95,8 @@ def run_study(
     as_json: bool,
 ) -> bool:
     """Run a study, print; True when no run failed."""
-    from slimbridge.report.study_table import print_study
     from slimbridge import study as studies
+    from slimbridge.report.study_table import print_study
 
     with bars() as shown:
         found = studies.run_study(

@@ -133,6 +133,7 @@ class Run:
         done = self.folder.complete_stages()
         model = self.scene.backend.clone(self._start)
         if done:
+            self.folder.tidy(done[-1])
             model = rebuild(self.scene.backend, model, self.folder, done[-1])
             self.scene.progress.say(f"{self.scene.backend.name}: {', '.join(done)} done before")
         for index, (name, stage) in enumerate(zip(names, stages, strict=True)):

@@ -10,17 +10,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from slimbridge.decisions import PruneDecision
+from slimbridge.decisions import Decision, MaskDecision, PruneDecision
 from slimbridge.distill import Distiller, missing_paths
 from slimbridge.errors import FAILURES, SlimbridgeError, first_line
+from slimbridge.graph import find_units
 from slimbridge.plan import DistillStage, FinetuneStage, Plan, PruneStage, QuantizeStage, SparsifyStage
-from slimbridge.plan.registries import IMPORTANCES, as_importance
+from slimbridge.plan.registries import ENTRY_IMPORTANCES, IMPORTANCES, as_importance
 from slimbridge.ports import Array, Backend, Model, tensors_in
 from slimbridge.prune import Pruner
 from slimbridge.prune.evidence import Evidence
 from slimbridge.prune.native import native_masks
+from slimbridge.prune.penalties import penalty
 from slimbridge.prune.pruner import Basis
-from slimbridge.prune.sparsifier import Sparsifier
+from slimbridge.prune.sparsifier import Sparsifier, masks_in_force
 from slimbridge.quantize import Quantizer
 from slimbridge.tasks import Data, Split, batches
 from slimbridge.tasks.data import check_classes
@@ -65,6 +67,7 @@ class Rehearsal:
         self.backend, self.plan = backend, plan
         self.findings: list[str] = []
         self.shapes: list[dict[str, tuple[int, ...]]] = []
+        self.decisions: list[Decision] = []
 
     def run(self, model: Model, data: Data, task_loss: bool) -> None:
         """Go through the plan; see `rehearse`."""
@@ -89,8 +92,9 @@ class Rehearsal:
         stages = self.plan.stages
         parts = ("finetune", "preparation", "gmp")
         trained = (self.plan.baseline.train, *(getattr(stage, part, None) for stage in stages for part in parts))
+        rated = any(_needs_gradients(stage) for stage in stages)
         distilled = (Distiller(stage).needs_labels for stage in stages if isinstance(stage, DistillStage))
-        return any(trained) or any(distilled) or any(isinstance(stage, FinetuneStage) for stage in stages)
+        return rated or any(trained) or any(distilled) or any(isinstance(stage, FinetuneStage) for stage in stages)
 
     def attempt(self, where: str, work: Callable[[], T]) -> T | None:
         """The result of some work, or None and a finding."""
@@ -110,9 +114,12 @@ class Rehearsal:
             if isinstance(stage, PruneStage):
                 pruned = self.attempt(where, partial(self._prune, stage, student, example))
                 pruned = pruned or self._without_wrong_names(stage, student, example)
+                self.attempt(where, partial(self._prepare, stage, student, example))
                 student = pruned[0] if pruned is not None else student
+                self.decisions.extend(pruned[1:] if pruned is not None else ())
             elif isinstance(stage, SparsifyStage):
-                self.attempt(where, partial(self._sparsify, stage, student, example))
+                masked = self.attempt(where, partial(self._sparsify, stage, student, example))
+                self.decisions.extend([masked] if masked is not None else [])
             elif isinstance(stage, QuantizeStage):
                 self.attempt(where, partial(Quantizer(stage).chosen, backend.layers(student)))
             elif isinstance(stage, DistillStage):
@@ -130,14 +137,22 @@ class Rehearsal:
         basis = Basis(initial=self.shapes[start] if isinstance(start, int) else {})
         return Pruner(stage.model_copy(update=changes), basis).prune(self.backend, model, example)
 
-    def _sparsify(self, stage: SparsifyStage, model: Model, example: tuple[Array, ...]) -> None:
+    def _prepare(self, stage: PruneStage, model: Model, example: tuple[Array, ...]) -> None:
+        """A penalty must find what it acts on; what will grow is known only when the plan runs."""
+        if stage.preparation is not None and stage.preparation.method in ("group_lasso", "bn_slimming"):
+            graph = self.backend.trace(model, example)
+            penalty(stage.preparation, self.backend.ops, find_units(graph), graph, self.backend, model)
+
+    def _sparsify(self, stage: SparsifyStage, model: Model, example: tuple[Array, ...]) -> MaskDecision:
         if stage.engine == "native":
-            native_masks(stage, self.backend, model, example)
-            return
-        changes = {"importance": "magnitude", "importance_options": {}}
-        sparsifier = Sparsifier(stage.model_copy(update=changes), self.plan.seed)
-        graph = self.backend.trace(model, example)
-        sparsifier.decide(self.backend.layers(model), graph, self.backend.read(model), Evidence())
+            return native_masks(stage, self.backend, model, example)
+        if ENTRY_IMPORTANCES.get(stage.importance).needs != "weights":
+            stage = stage.model_copy(update={"importance": "magnitude", "importance_options": {}})
+        graph, weights = self.backend.trace(model, example), self.backend.read(model)
+        held = masks_in_force(self.decisions)
+        return Sparsifier(stage, self.plan.seed).decide(
+            self.backend.layers(model), graph, weights, Evidence(), held=held
+        )
 
     def _without_wrong_names(self, stage: PruneStage, model: Model, example: tuple[Array, ...]) -> Any:
         """Prune once more without the patterns that match nothing, so that later stages can be looked at."""
@@ -164,6 +179,17 @@ class Rehearsal:
     def _missing(self, distiller: Distiller, student: Model, teacher: Model) -> Iterator[str]:
         for word, model in (("student", student), ("teacher", teacher)):
             yield from missing_paths(distiller.paths(word), self.backend.module_paths(model), word)
+
+
+def _needs_gradients(stage: Any) -> bool:
+    """Does the stage's importance look at the loss?"""
+    if isinstance(stage, PruneStage):
+        needs = as_importance(IMPORTANCES.get(stage.importance)).needs
+    elif isinstance(stage, SparsifyStage):
+        needs = ENTRY_IMPORTANCES.get(stage.importance).needs
+    else:
+        return False
+    return stage.engine == "own" and needs in ("gradients", "squared_gradients")
 
 
 def _check_labels(data: Data, output: tuple[int, ...]) -> None:

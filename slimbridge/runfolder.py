@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,10 +206,15 @@ class RunFolder:
             raise RunError(f"{self.path / name}: cannot be written: {error.strerror or error}") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        for checkpoint in self.path.glob(f"checkpoint-{name}*"):
-            checkpoint.unlink(missing_ok=True)
-        shutil.rmtree(self.path / UNDER_WAY, ignore_errors=True)
+        self.tidy(name)
         (self.path / START).unlink(missing_ok=True)
+
+    def tidy(self, name: str) -> None:
+        """Remove what a complete stage needed under way; a kill may have come before."""
+        for file in (*self.path.glob(f"checkpoint-{name}*"), *self.path.glob(f"{UNDER_WAY}/*-{name}.json")):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or the next stage has begun
+            (self.path / UNDER_WAY).rmdir()
 
     def record(self, name: str) -> StageRecord:
         """The row of a complete stage."""

@@ -211,7 +211,7 @@ def write(model: nn.Module, arrays: dict[str, Array], partial: bool) -> None:
         values[name] = to_tensor(array, f"write: '{name}'")
         _check_writable(name, tensor, values[name])
         first, other = chosen.setdefault(id(tensor), (name, array))
-        if not np.array_equal(other, array, equal_nan=array.dtype.kind == "f"):
+        if other is not array and not np.array_equal(other, array, equal_nan=array.dtype.kind == "f"):
             raise ModelError(f"write: '{first}' and '{name}' are one tied tensor but were given different values")
     missing = [name for name, tensor in canonical(model).items() if id(tensor) not in chosen]
     if missing and not partial:

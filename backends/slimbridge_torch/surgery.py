@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -47,7 +47,7 @@ def remove_channels(model: nn.Module, decision: PruneDecision, optimizer: TorchO
 def take(tensor: Tensor, axes: Axes) -> Tensor:
     """The kept indices of each axis, contiguous."""
     for axis, indices in axes.items():
-        tensor = tensor.index_select(axis, torch.tensor(indices, device=tensor.device))
+        tensor = tensor.index_select(axis, torch.from_numpy(np.asarray(indices, np.int64)).to(tensor.device))
     return tensor.contiguous()
 
 
@@ -71,7 +71,7 @@ def _check(name: str, axes: Axes, decision: PruneDecision, tensors: Mapping[str,
     for axis, kept in axes.items():
         if not 0 <= axis < len(shape):
             raise ModelError(f"prune: '{name}' has {len(shape)} axes, the decision names axis {axis}")
-        ascending = all(a < b for a, b in pairwise(kept))
+        ascending = bool((np.diff(np.asarray(kept, dtype=np.int64)) > 0).all())
         if not kept or not ascending or kept[0] < 0 or kept[-1] >= shape[axis]:
             raise ModelError(
                 f"prune: '{name}' axis {axis}: kept indices must be ascending, at least one, in 0..{shape[axis] - 1}"

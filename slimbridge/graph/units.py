@@ -109,8 +109,12 @@ class Units:
 
     def why_frozen(self, producer: UnitProducer) -> str | None:
         """The reason when none of the layer's channels may go, else None."""
-        reasons = [self.frozen.get(int(unit)) for unit in producer.units]
-        return None if any(reason is None for reason in reasons) else reasons[0]
+        reason = None
+        for unit in reversed(producer.units.tolist()):
+            reason = self.frozen.get(unit)
+            if reason is None:
+                return None
+        return reason
 
 
 def find_units(graph: Graph, rules: Rules | None = None) -> Units:

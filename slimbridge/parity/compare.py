@@ -13,7 +13,7 @@ from slimbridge.errors import RunError
 from slimbridge.parity.measure import differing, relative
 from slimbridge.parity.replay_records import read_replay
 from slimbridge.parity.tolerances import Tolerance, tolerance
-from slimbridge.plan.registries import IMPORTANCES, as_importance
+from slimbridge.plan.registries import ENTRY_IMPORTANCES, IMPORTANCES, as_importance
 from slimbridge.report.records import Verdict
 from slimbridge.runfolder import RunFolder, load_probe, stage_names
 from slimbridge.weights import load_stored
@@ -71,17 +71,12 @@ class _Stage:
             yield from self._quantization(ours, theirs if isinstance(theirs, QuantizeDecision) else None)
             return
         figure = None if theirs is None else _decision_difference(ours, theirs)
-        if isinstance(ours, PruneDecision) and self._from_data(ours):
-            share = None if figure is None else figure / max(sum(len(group.removed) for group in ours.groups), 1)
-            claim = "channels removed, from equal weights and equal data"
+        if isinstance(ours, (PruneDecision, MaskDecision)) and _from_data(ours):
+            share = None if figure is None else figure / max(_gone(ours), 1)
+            claim = f"{_CLAIMS[type(ours)]} and equal data"
             yield self._verdict("numeric", claim, "decision_from_data", share)
             return
         yield self._verdict("exact", _CLAIMS[type(ours)], "decision", figure)
-
-    def _from_data(self, decision: PruneDecision) -> bool:
-        """Does the importance look at gradients or activations?"""
-        known = decision.importance in IMPORTANCES.names()
-        return known and as_importance(IMPORTANCES.get(decision.importance)).needs != "weights"
 
     def _quantization(self, ours: QuantizeDecision, theirs: QuantizeDecision | None) -> Iterator[Verdict]:
         integers = steps = activations = None
@@ -147,6 +142,21 @@ _CLAIMS: dict[type, str] = {
     MaskDecision: "weights masked, from equal weights",
     DistillDecision: "loss terms and teacher",
 }
+
+
+def _from_data(decision: PruneDecision | MaskDecision) -> bool:
+    """Does the importance look at gradients or activations?"""
+    name = decision.importance
+    if isinstance(decision, MaskDecision):
+        return name in ENTRY_IMPORTANCES.names() and ENTRY_IMPORTANCES.get(name).needs != "weights"
+    return name in IMPORTANCES.names() and as_importance(IMPORTANCES.get(name)).needs != "weights"
+
+
+def _gone(decision: PruneDecision | MaskDecision) -> int:
+    """Channels that are removed, or weights that are masked."""
+    if isinstance(decision, MaskDecision):
+        return sum(int((~mask.array()).sum()) for mask in decision.masks.values())
+    return sum(len(group.removed) for group in decision.groups)
 
 
 def _decision_difference(ours: Decision, theirs: Decision) -> float:

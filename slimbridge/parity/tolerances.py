@@ -28,9 +28,9 @@ TOLERANCES: dict[str, Tolerance] = {
     "decision": Tolerance(0.0, ENTRIES, "decisions are computed by the same float64 code from equal weights"),
     "decision_from_data": Tolerance(
         0.02,
-        "share of the removed channels",
-        "float32 gradients and activations differ by the order of summation; channels whose importances are that near "
-        "to each other change places",
+        "share of the removed channels or masked weights",
+        "float32 gradients and activations differ by the order of summation; channels or weights whose importances are "
+        "that near to each other change places",
     ),
     "macs": Tolerance(0.0, "multiply-accumulates", "both counts come from the same counter over integer shapes"),
     "integers": Tolerance(0.0, ENTRIES, "integers and steps are computed by the same code from equal weights"),

@@ -88,7 +88,7 @@ class PruneStage(Section):
         importance_options: options of the criterion.
         rated: which coupled parameters count: producers (weights that make the channels), coupled (also normalisations
             and the weights that read them), norms (BatchNorm scales); None is the criterion's own.
-        group_reduction: over the rated parameters of a channel: master (the first layer of the group alone), mean,
+        group_reduction: over the rated parameters of a channel: master (the one that is defined first, alone), mean,
             sum or max; None is the criterion's own.
         normalisation: of the importances of a group: none, mean (divided by it), max, sum, standard (to 0..1),
             gaussian (mean 0, deviation 1) or lamp; None is mean where groups compete with each other, else none.
@@ -158,6 +158,9 @@ class PruneStage(Section):
             raise ValueError("engine native takes pruning_ratio and layer_ratios; no target, sensitivity, steps")
         if self.steps > 1 and self.finetune is None:
             raise ValueError("steps need 'finetune', the training after each of them")
+        measured = self.sensitivity is not None or (self.target is not None and self.target.of == "latency")
+        if measured and self.preparation is not None and self.preparation.method in ("soft", "growing"):
+            raise ValueError("preparation soft and growing know beforehand what goes: no sensitivity or latency target")
         return self
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from slimbridge.decisions import MaskDecision
-from slimbridge.errors import SlimbridgeError
 from slimbridge.graph import Graph
 from slimbridge.plan.pruning import GmpSection
 from slimbridge.ports import Array, Backend, Layer, Model, Optimizer
@@ -102,10 +101,6 @@ class GmpSchedule:
         assert sparsifier.stage.sparsity is not None
         self.section: GmpSection = sparsifier.stage.gmp
         self.final: float = sparsifier.stage.sparsity
-        if self.section.initial_sparsity > self.final:
-            raise SlimbridgeError(
-                f"gmp: initial_sparsity {self.section.initial_sparsity} is above the stage's sparsity {self.final}"
-            )
         self.backend, self.sparsifier, self.layers, self.graph, self.held = backend, sparsifier, layers, graph, held
         self._level: float | None = None
 

@@ -14,8 +14,8 @@ from slimbridge.ports import Array, as_float64
 Values = NDArray[np.float64]
 NEAR = 1e-4
 """A squared distance below this share of the two squared norms is taken from the difference itself."""
-BLOCK = 1 << 22
-"""Entries of a difference that are in memory at once."""
+BLOCK = 1 << 17
+"""Distances that are in memory at once."""
 
 
 def flat(array: Array) -> Array:
@@ -66,7 +66,7 @@ def fpgm(rows: Rows) -> Values:
     Returns:
         float64, shape (rows,); equal filters have exactly equal values.
     """
-    return distance_sums(as_float64(flat(rows.weight)))
+    return distance_sums(flat(rows.weight))
 
 
 def bn_scale(rows: Rows) -> Values:
@@ -247,24 +247,42 @@ def distance_sums(rows: Values) -> Values:
     Returns:
         float64, shape (rows,).
     """
-    rows = rows + 0.0  # -0 and 0 are one number, but two patterns of bits
-    seen: dict[bytes, int] = {}
-    same = np.array([seen.setdefault(row.tobytes(), len(seen)) for row in rows])
-    first = np.unique(same, return_index=True)[1]
-    distinct = rows[first]
-    centred = distinct - distinct.mean(axis=0)
-    gram = centred @ centred.T
-    norms = np.diagonal(gram)
-    sums = norms[:, None] + norms
-    squared = sums - 2 * gram
-    near = np.argwhere(np.triu(squared < NEAR * sums, 1))
-    step = max(1, BLOCK // max(rows.shape[1], 1))
-    for start in range(0, len(near), step):
-        i, j = near[start : start + step].T
-        squared[i, j] = squared[j, i] = np.square(distinct[i] - distinct[j]).sum(axis=1)
-    np.fill_diagonal(squared, 0.0)
-    distances = np.sqrt(np.maximum(squared, 0.0))
-    return np.asarray((distances @ np.bincount(same).astype(np.float64))[same])
+    own = np.array(rows, np.float64)
+    own += 0.0  # -0 and 0 are one number, but two patterns of bits
+    same = _equal_rows(own)
+    distinct = own if same[-1] == len(own) - 1 else own[np.unique(same, return_index=True)[1]]
+    distinct -= distinct.mean(axis=0)
+    counts = np.bincount(same).astype(np.float64)
+    gram = distinct @ distinct.T
+    norms = gram.diagonal().copy()
+    sums = np.empty(len(distinct))
+    step = max(1, BLOCK // max(len(distinct), 1))
+    for start in range(0, len(distinct), step):
+        block = slice(start, start + step)
+        sums[block] = np.sqrt(_squared_distances(distinct, gram, norms, block)) @ counts
+    return np.asarray(sums[same])
+
+
+def _equal_rows(rows: Values) -> NDArray[np.int64]:
+    """By row: the number of its value, 0.. in order of first appearance; only rows of equal sums are compared."""
+    _, inverse, count = np.unique(rows.sum(axis=1), return_inverse=True, return_counts=True)
+    seen: dict[object, int] = {}
+    pairs = enumerate(zip(inverse, rows, strict=True))
+    keys = (row.tobytes() if count[group] > 1 else index for index, (group, row) in pairs)
+    return np.array([seen.setdefault(key, len(seen)) for key in keys], np.int64)
+
+
+def _squared_distances(rows: Values, gram: Values, norms: Values, block: slice) -> Values:
+    """Of some rows from all, shape (rows of the block, rows), 0 or more; 0 from themselves."""
+    scale = norms[block, None] + norms
+    squared = scale - 2 * gram[block]
+    own = np.arange(len(squared)), np.arange(block.start, block.start + len(squared))
+    near = squared < NEAR * scale
+    near[own] = False
+    for i, j in np.argwhere(near):
+        squared[i, j] = np.square(rows[block.start + i] - rows[j]).sum()
+    squared[own] = 0.0
+    return np.maximum(squared, 0.0)
 
 
 for _name, _entry in {

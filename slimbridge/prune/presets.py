@@ -86,7 +86,7 @@ TORCH_PRUNING = Preset(
         "taylor": Theirs(Importance(own.taylor, "gradients"), "layers_and_layer_norms"),
         "fisher": Theirs(Importance(own.fisher, "squared_gradients"), "layers_and_norms"),
     },
-    words={"coupled": "layers_and_norms", "mean": "tensors"},
+    words={"coupled": "layers_and_norms", "mean": "tensors", "master": "first"},
 )
 """Torch-Pruning 1.6.1, pruner/importance.py with its defaults. Its Taylor importance looks for GroupNorm where its
 comment says BatchNorm, and so leaves BatchNorm out; its p = 2 has no root; `fisher` is its Hessian importance."""

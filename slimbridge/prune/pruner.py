@@ -140,12 +140,12 @@ class Pruner:
         Raises:
             ModelError: nothing can be pruned, or the pruned model is wrong in every way.
         """
-        graph, weights = backend.trace(model, example), backend.read(model)
+        graph = backend.trace(model, example)
         wrong: str | None = None
         tried: set[str] = set()
         for rules in self._ladder():
             try:
-                decision = self._decide_for(backend, model, example, graph, weights, rules)
+                decision = self._decide_for(backend, model, example, graph, rules)
             except ModelError as error:
                 if wrong is None:
                     raise
@@ -160,14 +160,13 @@ class Pruner:
         raise ModelError(f"the pruned model is wrong, also with channels at reshapes and splits kept: {wrong}")
 
     def _decide_for(
-        self, backend: Backend, model: Model, example: Sequence[Array], graph: Graph, weights: Mapping[str, Array],
-        rules: Rules,
-    ) -> PruneDecision:  # fmt: skip
+        self, backend: Backend, model: Model, example: Sequence[Array], graph: Graph, rules: Rules
+    ) -> PruneDecision:
         if self.stage.engine == "native":
             return native_decision(self.stage, backend, model, example, graph, find_units(graph, rules))
         if self.stage.target is not None and self.stage.target.of == "latency":
-            return self._at_latency(backend, model, graph, weights, rules)
-        return self.decide(graph, weights, rules)
+            return self._at_latency(backend, model, graph, rules)
+        return self.decide(graph, backend.read(model), rules)
 
     def _ladder(self) -> tuple[Rules, ...]:
         if self.stage.granularity == "heads":
@@ -198,17 +197,18 @@ class Pruner:
 
         return search_ratio(removed_by, target.remove, ROUNDS[target.of]).ratio
 
-    def _at_latency(
-        self, backend: Backend, model: Model, graph: Graph, weights: Mapping[str, Array], rules: Rules
-    ) -> PruneDecision:
+    def _at_latency(self, backend: Backend, model: Model, graph: Graph, rules: Rules) -> PruneDecision:
         target, measure = self.stage.target, self.basis.latency
         if target is None or measure is None:
             raise ModelError("a latency target needs a machine to measure on: run the plan, it does")
-        found = self.candidates(graph, weights, rules)
+        found = self.candidates(graph, backend.read(model), rules)
         known = self._known_before("latency")
 
         def removed_by(ratio: float) -> float:
-            decision = decision_of(found, found.choose(self._amounts(found, ratio)), ratio)
+            chosen = found.choose(self._amounts(found, ratio))
+            if not any(positions.size for positions in chosen):
+                return 0.0  # the same model: its times would differ by noise alone
+            decision = decision_of(found, chosen, ratio)
             pruned = self.apply(backend, backend.clone(model), decision)
             whole = known or measure(model)  # side by side, so that a busy machine slows both
             return 1.0 - measure(pruned) / whole

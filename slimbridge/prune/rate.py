@@ -77,8 +77,8 @@ def _max(rows: Collected) -> Values:
     return result
 
 
-def _master(rows: Collected) -> Values:
-    """The mean over the rows of the first contribution that a unit has."""
+def _leader(rows: Collected) -> Values:
+    """The mean over the rows of the first contribution that a unit has: of the parameter that comes first."""
     first = np.full(rows.group_of.size, rows.groups.size)
     np.minimum.at(first, rows.places, rows.source)
     chosen = rows.source == first[rows.places]
@@ -94,10 +94,12 @@ REDUCTIONS: Mapping[str, Callable[[Collected], Values]] = {
     "sum": _sum,
     "mean": _mean,
     "max": _max,
-    "master": _master,
+    "master": _leader,
+    "first": _leader,
     "tensors": _tensors,
 }
-"""Over the rows of a unit: all of them, or those of the first parameter in graph order ("master"). "tensors" divides
+"""Over the rows of a unit: all of them, or those of the parameter that is defined
+first ("master") or that runs first ("first"). "tensors" divides
 the sum by the number of the group's parameters that count, as Torch-Pruning 1.6.1 does (importance.py, `_reduce`)."""
 
 
@@ -126,16 +128,34 @@ def rate_groups(
         ModelError: a rated weight or gradient has entries that are not finite, or nothing rates a channel.
     """
     places = Places.of(units, groups)
-    found = []
-    for axis in coupled_axes(graph, units, definition.rated):
-        if _has_evidence(axis, definition, evidence):
-            found.extend(_contributions(axis, places, weights, definition, evidence))
+    found: list[Contribution] = []
+    master = definition.group_reduction == "master"
+    known = np.zeros(places.group_of.size - 1, dtype=bool)
+    for axis in _in_order(coupled_axes(graph, units, definition.rated), graph, master):
+        if _has_evidence(axis, definition, evidence) and not (master and _all_rated(axis, places, known)):
+            made = _contributions(axis, places, weights, definition, evidence)
+            known[np.concatenate([np.empty(0, np.int64), *(item.places for item in made)])] = True
+            found.extend(made)
     rows = Collected.of(found, places.group_of[:-1])
     _check_all_rated(rows, groups, definition)
     values = REDUCTIONS[definition.group_reduction](rows) ** (1.0 / definition.importance.root)
     if definition.normalisation == "total":
         return tuple(np.split(_over(values, values.sum()), places.ends[:-1]))
     return tuple(normalise(own, definition.normalisation) for own in np.split(values, places.ends[:-1]))
+
+
+def _in_order(axes: Sequence[CoupledAxis], graph: Graph, master: bool) -> Sequence[CoupledAxis]:
+    """As they run; for the master as they are defined, which is PaddleSlim's order."""
+    if not master:
+        return axes
+    defined = {name: index for index, name in enumerate(graph.parameters)}
+    return sorted(axes, key=lambda axis: defined[axis.parameter])
+
+
+def _all_rated(axis: CoupledAxis, places: Places, known: NDArray[np.bool_]) -> bool:
+    """Has each unit of the axis a master already?"""
+    at = places.of_unit[axis.units]
+    return bool(known[at[at >= 0]].all())
 
 
 def unrated_groups(

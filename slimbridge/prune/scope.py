@@ -13,6 +13,8 @@ from slimbridge.errors import ModelError, listed, nearest
 from slimbridge.graph import ChannelGroup, UnitProducer, Units
 from slimbridge.plan.pruning import PruneStage
 
+ALONE = "none of its channels can go alone: they are tied to one another, or it has only one"
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -125,7 +127,7 @@ def _skipped(
     for follower in units.followers:
         reason = units.why_frozen(follower)
         if reason is None and np.isin(follower.units, lonely).all():
-            reason = "all its channels are tied to one another: none can go alone"
+            reason = ALONE
         if reason is not None:
             yield Skipped(layer=follower.layer, reason=reason)
 
@@ -137,5 +139,5 @@ def _why_left(layer: str, group: ChannelGroup | None, ignored: Mapping[str, str]
     if tied:
         return f"its channels are tied to '{tied[0]}': {ignored[tied[0]]}"
     if group is not None and group.units.size == 1:
-        return "all its channels are tied to one another: none can go alone"
+        return ALONE
     return "layer_ratios names neither it nor a layer of its group"

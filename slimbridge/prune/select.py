@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import floor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,11 +127,15 @@ def _removable(group: ChannelGroup, values: Values) -> Positions:
     return np.asarray(order[~np.isin(order, list(last_of_each_layer(group, values)))])
 
 
+ROUNDING = 1e-9
+"""A product that is whole but for the last bits (10 * 0.3 is below 3) counts as whole."""
+
+
 def _limit(amount: Amount, units: int, definition: Definition) -> int:
     """Most units that may go now."""
     stays = definition.min_channels
     if definition.max_ratio is not None:
-        stays = max(stays, amount.before - remove_count(amount.before, definition.max_ratio, definition.count_rule))
+        stays = max(stays, amount.before - floor(amount.before * definition.max_ratio + ROUNDING))
     return max(0, units - stays)
 
 

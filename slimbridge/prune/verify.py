@@ -14,11 +14,12 @@ from slimbridge.ports import Array, Backend, Model, Pass, as_float64, tensors_in
 
 
 def zeroed(weights: Mapping[str, Array], decision: PruneDecision) -> dict[str, Array]:
-    """Copies of the weights with every removed entry 0, except running statistics."""
-    result = {name: array.copy() for name, array in weights.items()}
+    """The weights with every removed entry 0, except running statistics; arrays that change are copies."""
+    result = dict(weights)
     for name, axes in decision.kept.items():
         if name.endswith(("running_mean", "running_var")):
             continue
+        result[name] = weights[name].copy()
         for axis, kept in axes.items():
             gone = np.setdiff1d(np.arange(weights[name].shape[axis]), kept)
             np.moveaxis(result[name], axis, 0)[gone] = 0
@@ -46,7 +47,11 @@ def what_is_wrong(
     """
     if not decision.exact:
         return _does_not_run(backend, model, pruned, example)
-    silent = backend.write(backend.clone(model), zeroed(backend.read(model), decision))
+    weights = backend.read(model)
+    changed = zeroed({name: weights[name] for name in decision.kept}, decision)
+    del weights  # a model may be as large as the memory allows
+    silent = backend.write(backend.clone(model), changed, partial=True)
+    del changed
     expected = _outputs(backend, silent, example)
     try:
         wrong = _unlike(_outputs(backend, pruned, example), expected)

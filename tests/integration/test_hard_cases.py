@@ -109,8 +109,8 @@ CASES: dict[str, Case] = {
     "through a single channel": Case(
         wirings.through_one_channel,
         lambda nn: {"c": nn.Conv2d(8, 1, 1), "d": nn.Conv2d(1, 8, 1)},
-        (("a",), ("c",), ("d",)),
-        {"fc": LAST},
+        (("a",), ("d",)),
+        {"c": "can go alone", "fc": LAST},
         lambda kept: 0 not in kept["c.weight"] and 1 not in kept["d.weight"],
     ),
     "parameters outside any layer": Case(
@@ -217,8 +217,8 @@ CASES: dict[str, Case] = {
     "gram matrix": Case(
         wirings.gram,
         lambda nn: {"last": nn.Linear(64, 5)},
-        (("a",), ("b",)),
-        {"fc": LAST, "last": LAST},
+        (("b",),),
+        {"a": "can go alone", "fc": LAST, "last": LAST},
         lambda kept: "a.weight" not in kept and "last.weight" not in kept,
     ),
     "whole groups of a GroupNorm": Case(

@@ -252,7 +252,7 @@ def test_what_changes_the_baseline_is_not_shared(runs: Runs, tmp_path: Path) -> 
 
 
 def test_without_a_trained_baseline_none_is_shared(runs: Runs, tmp_path: Path) -> None:
-    study({**PLAN, "baseline": {}}, {RATIO: [0.25, 0.5]}, backends=BOTH, output=tmp_path / "s")
+    run_study({**PLAN, "baseline": {}}, {RATIO: [0.25, 0.5]}, backends=BOTH, output=tmp_path / "s")
     assert runs.baselines() == [None] * 4
 
 
@@ -334,7 +334,7 @@ def test_another_plan_does_not_pass_for_what_is_there(runs: Runs, tmp_path: Path
 def test_a_mistake_runs_nothing(runs: Runs, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     given = {"plan": PLAN, "vary": VARY, "backends": BOTH, "output": tmp_path / "s", **changes}
     with pytest.raises(SlimbridgeError, match=words):
-        study(**given)
+        run_study(**given)
     assert runs.asked == []
     assert not (tmp_path / "s").exists()
 
@@ -526,4 +526,4 @@ def test_a_damaged_study_is_named(tmp_path: Path, damage: str) -> None:
 
 def test_a_plan_error_is_of_the_plan() -> None:
     with pytest.raises(PlanError):
-        study({"stagess": []}, VARY, backends=["torch"], output="nowhere")
+        run_study({"stagess": []}, VARY, backends=["torch"], output="nowhere")

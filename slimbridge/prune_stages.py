@@ -10,7 +10,7 @@ from slimbridge.curves import Sensitivity
 from slimbridge.decisions import MaskDecision, PruneDecision, decision_to_json, load_decision
 from slimbridge.deploy.latency import measure_latency
 from slimbridge.files import write_file
-from slimbridge.graph import Graph, Units, cost_of, find_units
+from slimbridge.graph import Graph, Units, cost_of
 from slimbridge.plan import PruneStage, SparsifyStage, TrainSection
 from slimbridge.plan.registries import ENTRY_IMPORTANCES, IMPORTANCES, as_importance
 from slimbridge.ports import Array, Layer, Loss, Model, Optimizer
@@ -115,10 +115,10 @@ def _prepare(scene: Scene, name: str, stage: PruneStage, model: Model) -> tuple[
         return train_stage(
             scene, f"{name}-preparation", section.train, model, on_labels(scene, model), before_step=soft
         )
-    units = find_units(graph)
-    decision = pruner.decide(graph, backend.read(model)) if section.method == "growing" else None
-    goes = _units_of(decision, units) if decision is not None else set()
-    term = penalty(section, backend.ops, units, graph, backend, model, goes)
+    weights = backend.read(model)
+    found = pruner.candidates(graph, weights)
+    goes = _units_of(pruner.decide(graph, weights), found.units) if section.method == "growing" else set()
+    term = penalty(section, backend.ops, found.units, graph, backend, model, goes, found.scope.groups)
     return _train_with(scene, f"{name}-preparation", section.train, model, term)
 
 

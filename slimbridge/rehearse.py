@@ -13,7 +13,6 @@ import numpy as np
 from slimbridge.decisions import Decision, MaskDecision, PruneDecision
 from slimbridge.distill import Distiller, missing_paths
 from slimbridge.errors import FAILURES, SlimbridgeError, first_line
-from slimbridge.graph import find_units
 from slimbridge.plan import DistillStage, FinetuneStage, Plan, PruneStage, QuantizeStage, SparsifyStage
 from slimbridge.plan.registries import ENTRY_IMPORTANCES, IMPORTANCES, as_importance
 from slimbridge.ports import Array, Backend, Model, tensors_in
@@ -114,9 +113,10 @@ class Rehearsal:
             if isinstance(stage, PruneStage):
                 pruned = self.attempt(where, partial(self._prune, stage, student, example))
                 pruned = pruned or self._without_wrong_names(stage, student, example)
-                self.attempt(where, partial(self._prepare, stage, student, example))
-                student = pruned[0] if pruned is not None else student
-                self.decisions.extend(pruned[1:] if pruned is not None else ())
+                if pruned is not None:
+                    self.attempt(where, partial(self._prepare, stage, student, example))
+                    student = pruned[0]
+                    self.decisions.append(pruned[1])
             elif isinstance(stage, SparsifyStage):
                 masked = self.attempt(where, partial(self._sparsify, stage, student, example))
                 self.decisions.extend([masked] if masked is not None else [])
@@ -127,21 +127,27 @@ class Rehearsal:
             self.shapes.append({name: array.shape for name, array in backend.read(student).items()})
 
     def _prune(self, stage: PruneStage, model: Model, example: tuple[Array, ...]) -> tuple[Model, PruneDecision]:
-        """Prune by the weights as they are: what is only known while the plan runs is left out."""
+        """Prune by the weights as they are."""
+        start = 0 if stage.relative_to == "initial" else stage.relative_to
+        basis = Basis(initial=self.shapes[start] if isinstance(start, int) else {})
+        return Pruner(self._by_weights(stage), basis).prune(self.backend, model, example)
+
+    def _by_weights(self, stage: PruneStage) -> PruneStage:
+        """The stage without what is only known while the plan runs."""
         changes: dict[str, Any] = {"preparation": None}
         if as_importance(IMPORTANCES.get(stage.importance)).needs != "weights":
             changes |= {"importance": "l1_norm", "importance_options": {}, "rated": None}
         if stage.sensitivity is not None or (stage.target is not None and stage.target.of == "latency"):
             changes |= {"sensitivity": None, "target": None, "pruning_ratio": 0.5}
-        start = 0 if stage.relative_to == "initial" else stage.relative_to
-        basis = Basis(initial=self.shapes[start] if isinstance(start, int) else {})
-        return Pruner(stage.model_copy(update=changes), basis).prune(self.backend, model, example)
+        return stage.model_copy(update=changes)
 
     def _prepare(self, stage: PruneStage, model: Model, example: tuple[Array, ...]) -> None:
         """A penalty must find what it acts on; what will grow is known only when the plan runs."""
         if stage.preparation is not None and stage.preparation.method in ("group_lasso", "bn_slimming"):
-            graph = self.backend.trace(model, example)
-            penalty(stage.preparation, self.backend.ops, find_units(graph), graph, self.backend, model)
+            backend, graph = self.backend, self.backend.trace(model, example)
+            found = Pruner(self._by_weights(stage)).candidates(graph, backend.read(model))
+            groups = found.scope.groups
+            penalty(stage.preparation, backend.ops, found.units, graph, backend, model, groups=groups)
 
     def _sparsify(self, stage: SparsifyStage, model: Model, example: tuple[Array, ...]) -> MaskDecision:
         if stage.engine == "native":

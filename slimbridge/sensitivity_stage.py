@@ -17,7 +17,8 @@ from slimbridge.prune.pruner import Basis, Candidates, decision_of
 from slimbridge.prune.select import Amount
 from slimbridge.prune.sensitivity import SensitivityJob, measure, ratios_for_loss, ratios_for_target
 from slimbridge.stages import Scene
-from slimbridge.tasks import Split
+from slimbridge.tasks import Split, batches
+from slimbridge.tasks.data import Batch
 from slimbridge.train import evaluate
 from slimbridge.weights import digest_of
 
@@ -40,7 +41,8 @@ def sensitivity_ratios(
         return curves, ratios_for_loss(curves, stage.sensitivity.max_loss)
     assert stage.target is not None
     of = stage.target.of
-    whole = float(getattr(cost_of(graph), of))
+    known = basis.initial_cost if stage.relative_to != "current" else None
+    whole = known[of] if known is not None else float(getattr(cost_of(graph), of))
 
     def share(ratios: Mapping[str, float]) -> float:
         left = found.cost_left(found.choose(_amounts(found, ratios)))
@@ -81,7 +83,7 @@ def _job(
         groups=groups,
         ratios=stage.sensitivity.ratios,
         importance=stage.importance,
-        samples=len(test) if isinstance(test, Split) else 0,
+        samples=len(test) if isinstance(test, Split) else stage.sensitivity.samples or 0,
         weights_digest=digest_of(weights),
         definition=_definition(scene, plain),
         choose=choose,
@@ -98,9 +100,22 @@ def _definition(scene: Scene, plain: PruneStage) -> str:
 
 
 def _first(source: Any, samples: int | None) -> Any:
-    """The first samples of arrays in memory; a loader is taken whole."""
-    if samples is None or not isinstance(source, Split):
+    """The first samples; those of a loader are kept as batches."""
+    if samples is None:
         return source
+    if not isinstance(source, Split):
+        return _first_batches(source, samples)
     if isinstance(source.inputs, tuple):
         return Split(tuple(array[:samples] for array in source.inputs), source.targets[:samples])
     return Split(source.inputs[:samples], source.targets[:samples])
+
+
+def _first_batches(source: Any, samples: int) -> list[Batch]:
+    found: list[Batch] = []
+    left = samples
+    for inputs, targets in batches(source):
+        found.append((tuple(array[:left] for array in inputs), targets[:left]))
+        left -= len(targets)
+        if left <= 0:
+            break
+    return found

@@ -170,6 +170,8 @@ def _check_sensitivity(stage: PruneStage) -> None:
     assert stage.sensitivity is not None
     if (stage.sensitivity.max_loss is None) == (stage.target is None):
         raise ValueError("sensitivity needs one of the two: max_loss, or the stage's target")
+    if stage.target is not None and stage.target.of == "latency":
+        raise ValueError("sensitivity reaches a target of parameters or macs; latency is reached by one ratio only")
     if stage.steps > 1 or stage.selection != "local":
         raise ValueError("sensitivity gives each group a ratio: selection must be local, and steps 1")
 

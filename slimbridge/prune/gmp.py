@@ -84,9 +84,6 @@ class GmpSchedule:
         layers: of the model.
         graph: of the model; see `Sparsifier.decide`.
         held: masks in force from stages before.
-
-    Raises:
-        SlimbridgeError: sparsity would fall.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ framework. A unit is what must be removed together (`slimbridge.graph.Units`): e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from math import floor
 
 import numpy as np
@@ -29,6 +29,7 @@ def penalty(
     backend: Backend,
     model: Model,
     goes: Collection[int] = (),
+    groups: Sequence[ChannelGroup] | None = None,
 ) -> Penalty:
     """The penalty that a preparation asks for, its strength included.
 
@@ -40,29 +41,36 @@ def penalty(
         backend: makes the constants of the term.
         model: says where they are to be, and their type.
         goes: units that will go, for "growing".
+        groups: the channel groups that may be pruned, for the other two; None takes all.
 
     Raises:
         ModelError: there is nothing that the penalty could act on.
         ValueError: the method is "soft".
     """
+    chosen = units.groups() if groups is None else groups
     if section.method == "group_lasso":
-        return _group_lasso(section, ops, units, graph, backend, model)
+        return _group_lasso(section, ops, units, chosen, graph, backend, model)
     if section.method == "bn_slimming":
-        return _bn_slimming(section, ops, units, graph, backend, model)
+        return _bn_slimming(section, ops, units, chosen, graph, backend, model)
     if section.method == "growing":
         return _growing(section, ops, units, graph, backend, model, goes)
     raise ValueError("soft filter pruning has no penalty")
 
 
 def _group_lasso(
-    section: PreparationSection, ops: Ops, units: Units, graph: Graph, backend: Backend, model: Model
+    section: PreparationSection,
+    ops: Ops,
+    units: Units,
+    groups: Sequence[ChannelGroup],
+    graph: Graph,
+    backend: Backend,
+    model: Model,
 ) -> Penalty:
     """Strength times the sum, over all removable units, of the Euclidean norm of the unit's parameters.
 
     Source: Wen et al. 2016, "Learning Structured Sparsity in Deep Neural Networks", section 3.1, with the units of
     Fang et al. 2023, "DepGraph", section 3.4, as groups (all coupled parameters; without that paper's weights).
     """
-    groups = units.groups()
     if not groups:
         raise ModelError("group_lasso: no channel of any layer may be removed")
     constants: dict[bytes, Tensor] = {}
@@ -133,13 +141,19 @@ def _safe_sqrt(ops: Ops, x: Tensor) -> Tensor:
 
 
 def _bn_slimming(
-    section: PreparationSection, ops: Ops, units: Units, graph: Graph, backend: Backend, model: Model
+    section: PreparationSection,
+    ops: Ops,
+    units: Units,
+    groups: Sequence[ChannelGroup],
+    graph: Graph,
+    backend: Backend,
+    model: Model,
 ) -> Penalty:
     """Strength times the sum of |scale| over the BatchNorm scales of removable channels.
 
     Source: Liu et al. 2017, "Learning Efficient Convolutional Networks through Network Slimming", equation 1.
     """
-    free = np.concatenate([group.units for group in units.groups()] or [np.empty(0, np.int64)])
+    free = np.concatenate([group.units for group in groups] or [np.empty(0, np.int64)])
     scales = {node.params["weight"] for node in graph.nodes if node.kind == "batch_norm" and "weight" in node.params}
     chosen: dict[str, Tensor] = {}
     for name in sorted(scales):

@@ -15,6 +15,7 @@ from slimbridge.plan import Plan, load_plan, plan_to_yaml
 from slimbridge.report.records import RunReport, read_report
 from slimbridge.report.study_html import write_study_html
 from slimbridge.report.study_records import Study, StudyRun, study_run
+from slimbridge.resolve import with_defaults
 from slimbridge.runfolder import stage_names
 from slimbridge.study.process import run_process
 from slimbridge.study.vary import Combination, combinations
@@ -149,7 +150,7 @@ def _report(task: _Task) -> RunReport | None:
     except SlimbridgeError:
         return None
     names = tuple(stage.name for stage in report.stages)
-    return report if of_this_plan and names == stage_names(task.plan) else None
+    return report if of_this_plan and names == stage_names(with_defaults(task.plan)) else None
 
 
 def _run(task: _Task, baselines: Mapping[str, Path], told: Progress) -> str | None:

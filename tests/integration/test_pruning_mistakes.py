@@ -37,6 +37,7 @@ PRUNE: list[tuple[dict[str, Any], str]] = [
     ({"layer_ratios": {"a": 0.5}, **CURVES}, "sensitivity chooses the ratios"),
     ({"sensitivity": {}}, "sensitivity needs one of the two: max_loss, or the stage's target"),
     ({**CURVES, **TARGET}, "sensitivity needs one of the two"),
+    ({"sensitivity": {}, "target": {"of": "latency", "remove": 0.5}}, "sensitivity reaches a target of parameters or"),
     ({**CURVES, "selection": "global"}, "selection must be local, and steps 1"),
     ({**CURVES, "steps": 2, "finetune": TRAIN}, "selection must be local, and steps 1"),
     ({"sensitivity": {"max_loss": 0.1, "ratios": [0.5, 0.2]}}, "ratios must be ascending"),

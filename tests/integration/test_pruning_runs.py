@@ -88,6 +88,16 @@ def test_ratios_of_single_layers_come_in_rounds_too(backend: Backend) -> None:
     assert widths_after(compress(backend, [stage])) == [(12, 10), (12, 7), (12, 4)]
 
 
+@pytest.mark.parametrize(("part", "more"), [(UpAndGroups, {}), (Attention, {"granularity": "heads"})])
+def test_rounds_count_whole_groups_and_heads(backend: Backend, part: type[Part], more: dict[str, Any]) -> None:
+    stage = {"kind": "prune", "pruning_ratio": 0.75, "finetune": TRAIN, **more}
+    once, rounds = (compress(backend, [{**stage, "steps": n}], model=net(backend, part)) for n in (1, 3))
+    shapes = [{key: array.shape for key, array in backend.read(run.model).items()} for run in (once, rounds)]
+    assert shapes[0] == shapes[1]
+    costs = [record.macs for record in rounds.report.stages]
+    assert costs == sorted(set(costs), reverse=True)
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "filters"])
 def test_rounds_of_masks_only_grow(backend: Backend, pattern: str) -> None:
     stage = {"kind": "sparsify", "sparsity": 0.6, "steps": 3, "finetune": TRAIN, "pattern": pattern}

@@ -18,7 +18,8 @@ from slimbridge.prune.sensitivity import ratios_for_loss
 from slimbridge.prune.soft import SoftPruning
 from slimbridge.prune.target import CLOSE
 from slimbridge.runfolder import RunFolder
-from tests.integration.small_nets import DATA, TRAIN, Plain, net, other, outputs, steady_latency
+from slimbridge.tasks import Data
+from tests.integration.small_nets import DATA, TRAIN, Attention, Plain, net, other, outputs, steady_latency
 
 LONG = {**TRAIN, "epochs": 6, "schedule": "constant"}
 Seen = tuple[dict[str, Array], PruneDecision]
@@ -128,11 +129,28 @@ def test_preparation_goes_with_every_amount(
     assert trained == ([2, 1] if "steps" in amount else [1]), "only the first round is prepared"
 
 
+def test_ignored_layers_are_not_made_small(backend: Backend, seen: list[Seen]) -> None:
+    preparation = {"method": "bn_slimming", "strength": 0.5, "train": LONG}
+    for ignored in (["a"], []):
+        stage = {"kind": "prune", "pruning_ratio": 0.5, "preparation": preparation, "ignored_layers": ignored}
+        compress(backend, [stage])
+    scales = [np.abs(weights["na.weight"]).mean() for weights, _ in seen]
+    assert scales[0] > scales[1]
+
+
+@pytest.mark.parametrize("method", ["soft", "growing", "group_lasso"])
+def test_heads_are_prepared(backend: Backend, method: str) -> None:
+    preparation = {"method": method, "strength": 0.1, "train": TRAIN}
+    stage = {"kind": "prune", "pruning_ratio": 0.5, "granularity": "heads", "preparation": preparation}
+    result = compress(backend, [stage], model=net(backend, Attention))
+    assert backend.read(result.model)["proj.weight"].shape == (16, 8)
+
+
 @pytest.mark.parametrize("method", ["soft", "growing"])
 @pytest.mark.parametrize("amount", MEASURED)
 def test_what_must_be_known_beforehand_cannot_be_measured_afterwards(method: str, amount: dict[str, Any]) -> None:
     stage = {"kind": "prune", "preparation": {"method": method, "train": TRAIN}, **amount}
-    with pytest.raises(sb.SlimbridgeError, match=r"no sensitivity, no latency target"):
+    with pytest.raises(sb.SlimbridgeError, match=r"know beforehand what goes"):
         sb.load_plan({"stages": [stage]})
 
 
@@ -193,6 +211,31 @@ def test_a_target_by_sensitivity(backend: Backend) -> None:
     result = compress(backend, [stage], model=net(backend, Plain, 40, 30))
     before, after = (record.parameters for record in result.report.stages)
     assert abs(1 - after / before - 0.5) <= CLOSE
+
+
+def test_a_target_by_sensitivity_against_the_initial_model(backend: Backend) -> None:
+    curves = {"sensitivity": {"ratios": (0.4, 0.9)}, "target": {"of": "macs", "remove": 0.6}}
+    stages = [{"kind": "prune", "pruning_ratio": 0.3}, {"kind": "prune", "relative_to": "initial", **curves}]
+    result = compress(backend, stages, model=net(backend, Plain, 40, 30))
+    macs = [record.macs for record in result.report.stages]
+    assert abs(1 - macs[2] / macs[0] - 0.6) <= CLOSE
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_only_some_samples_are_measured(backend: Backend, loader: bool) -> None:
+    sizes = set[int]()
+
+    def metric(outputs: Array, targets: Array) -> float:
+        sizes.add(len(targets))
+        return float((outputs.argmax(1) == targets).mean())
+
+    test = DATA.test
+    parts = [(test.inputs[start : start + 8], test.targets[start : start + 8]) for start in range(0, 32, 8)]
+    data = Data(DATA.train, parts if loader else test)
+    stage = {"kind": "prune", "sensitivity": {"ratios": (0.5,), "max_loss": 0.9, "samples": 12}}
+    result = sb.compress(net(backend), {"stages": [stage]}, data=data, metric=metric)
+    assert sizes == {32, 12}
+    assert result.report.stages[1].sensitivity.samples == 12
 
 
 def test_killed_while_measuring_no_point_is_measured_twice(backend: Backend, tmp_path: Path) -> None:

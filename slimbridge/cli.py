@@ -161,6 +161,14 @@ def conformance(
 
 
 @app.command()
+def backends(as_json: Json = False) -> None:
+    """Show the backends: what is installed, devices, and the pruners of other toolkits."""
+    from slimbridge import console
+
+    console.show_backends(as_json)
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A zoo model's name.")],
     backend: Annotated[str, typer.Option(help="Build it on this backend.")] = "torch",

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from slimbridge.errors import SlimbridgeError
 from slimbridge.plan import Plan
 from slimbridge.ports import Device
 
@@ -145,6 +147,29 @@ def conformance(backend: str, device: Device, as_json: bool) -> bool:
     else:
         console.print(f"{backend}: {len(outcomes) - len(failed)} of {len(outcomes)} cases pass", highlight=False)
     return not failed
+
+
+def show_backends(as_json: bool) -> None:
+    """Print what each registered backend can do here, or why it cannot be used."""
+    from slimbridge.discovery import backend_names, get_backend
+
+    facts: dict[str, Any] = {}
+    for name in backend_names():
+        try:
+            facts[name] = asdict(get_backend(name).capabilities())
+        except SlimbridgeError as error:
+            facts[name] = {"error": str(error)}
+    if as_json:
+        _emit(facts)
+        return
+    console = Console()
+    for name, found in facts.items():
+        console.print(f"[bold]{name}[/bold]")
+        for key, value in found.items():
+            items = [f"{k} {v}" for k, v in value.items()] if isinstance(value, dict) else value
+            shown = ", ".join(items) if isinstance(items, (list, tuple)) else str(items)
+            if key != "backend":
+                console.print(f"  {key.replace('_', ' ')}: {shown}", highlight=False, markup=False, soft_wrap=True)
 
 
 def inspect_model(name: str, backend: str, image_size: int | None, as_json: bool) -> None:

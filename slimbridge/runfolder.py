@@ -274,8 +274,8 @@ class RunFolder:
 
     def changes(self, upto: str) -> list[Decision]:
         """The decisions that change a model's form, of the complete stages up to and including one, in order."""
-        names = [name for name in stage_names(self.plan()) if name <= upto and self.done(name)]
-        found = [self.decision(name) for name in names]
+        names = stage_names(self.plan())
+        found = [self.decision(name) for name in names[: names.index(upto) + 1] if self.done(name)]
         return [decision for decision in found if decision is not None and not isinstance(decision, DistillDecision)]
 
     def before(self, index: int | str) -> tuple[dict[str, tuple[int, ...]], dict[str, float] | None]:

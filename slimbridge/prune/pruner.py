@@ -244,7 +244,7 @@ def _nothing_goes(found: Candidates, amounts: Sequence[Amount]) -> str:
     largest = max(amount.ratio for amount in amounts)
     return (
         f"pruning_ratio {largest:g} removes no channel: the widest of {len(found.scope.groups)} channel groups has "
-        f"{widest} channels (round_to, min_channels and max_ratio count too)"
+        f"{widest} channels (round_to, min_channels and max_ratio count too); ask for more, or for fewer steps"
     )
 
 

@@ -59,7 +59,6 @@ class Sparsifier:
         evidence: Evidence,
         sparsity: float | None = None,
         held: Mapping[str, Bools] = NO_MASKS,
-        scale: float = 1.0,
     ) -> MaskDecision:
         """Choose the entries that are zero from now on.
 
@@ -71,7 +70,6 @@ class Sparsifier:
             evidence: what the importance needs beside them.
             sparsity: in place of the stage's, for rounds that lead up to it.
             held: masks in force; what they zero stays zero and counts.
-            scale: factor of all sparsities, 0..1, those of `layer_sparsity` too, for rounds that lead up to them.
 
         Raises:
             ModelError: a pattern matches no layer, a weight or an importance is not finite, evidence is missing, or
@@ -81,15 +79,15 @@ class Sparsifier:
             raise ModelError("ignored_kinds: 'grouped' needs a model that can be traced; its groups are not known")
         candidates = find_candidates(layers, graph)
         skipped = tuple(self._skipped(candidates, weights))
-        masks = self.masks(layers, graph, weights, evidence, sparsity, held, scale)
+        masks = self.masks(layers, graph, weights, evidence, sparsity, held)
         if not masks:
             why = listed((f"'{item.layer}' ({item.reason})" for item in skipped), limit=4)
             raise ModelError(f"no layer may be masked; layers found: {len(skipped)}: {why}")
-        self._check_change(masks, held, scale)
+        self._check_change(masks, held)
         return MaskDecision(
             importance=self.stage.importance,
             pattern=self.pattern,
-            sparsity=self._asked(candidates, weights, sparsity, scale),
+            sparsity=self._asked(candidates, weights, sparsity),
             masks={name: Mask.of(mask) for name, mask in masks.items()},
             skipped=skipped,
         )
@@ -102,7 +100,6 @@ class Sparsifier:
         evidence: Evidence,
         sparsity: float | None = None,
         held: Mapping[str, Bools] = NO_MASKS,
-        scale: float = 1.0,
     ) -> dict[str, Bools]:
         """The masks by weight name, as `decide` makes them; all True where the sparsity is too small."""
         chosen = [c for c in find_candidates(layers, graph) if self._why_dense(c, weights) is None]
@@ -110,7 +107,7 @@ class Sparsifier:
         for c in chosen:
             scores[c.weight] = self._scores(c, weights, evidence)
             before[c.weight] = c.rows(held[c.weight]) if c.weight in held else None
-            shares[c.weight] = self._share(c, sparsity, scale)
+            shares[c.weight] = self._share(c, sparsity)
         together: list[str] = []
         if self.stage.selection == "global" and self.stage.pattern != "n_m":
             together = [c.weight for c in chosen if self._own_share(c) is None]
@@ -137,22 +134,20 @@ class Sparsifier:
         shares = [share for pattern, share in self.stage.layer_sparsity.items() if candidate.matches(pattern)]
         return shares[-1] if shares else None
 
-    def _share(self, candidate: Candidate, sparsity: float | None, scale: float) -> float:
+    def _share(self, candidate: Candidate, sparsity: float | None) -> float:
         if self.stage.pattern == "n_m":
             return 1 - self.stage.n_m[0] / self.stage.n_m[1]
         own = self._own_share(candidate)
         common = self.stage.sparsity if sparsity is None else sparsity
         share = common if own is None else own
-        return scale * (share or 0.0)
+        return share or 0.0
 
-    def _asked(
-        self, candidates: Sequence[Candidate], weights: Mapping[str, Array], sparsity: float | None, scale: float
-    ) -> float:
+    def _asked(self, candidates: Sequence[Candidate], weights: Mapping[str, Array], sparsity: float | None) -> float:
         """The stage's sparsity; where only layers have one, the mean over their weights."""
         if self.stage.pattern == "n_m" or sparsity is not None or self.stage.sparsity is not None:
-            return self._share(Candidate("", (), "", None), sparsity, scale)
+            return self._share(Candidate("", (), "", None), sparsity)
         chosen = [c for c in candidates if self._why_dense(c, weights) is None]
-        zeros = sum(self._share(c, None, scale) * weights[c.weight].size for c in chosen)
+        zeros = sum(self._share(c, None) * weights[c.weight].size for c in chosen)
         return float(zeros / sum(weights[c.weight].size for c in chosen))
 
     def _scores(self, candidate: Candidate, weights: Mapping[str, Array], evidence: Evidence) -> Array:
@@ -201,18 +196,14 @@ class Sparsifier:
             return f"its {inputs} inputs (of a group) are no multiple of {stage.n_m[1]}"
         return None
 
-    def _check_change(self, masks: Mapping[str, Bools], held: Mapping[str, Bools], scale: float) -> None:
-        """A round may be too small to change anything; a whole stage may not."""
-        rounds = self.stage.steps > 1 and any(not mask.all() for mask in masks.values())
-        if scale < 1 or rounds:
-            return
+    def _check_change(self, masks: Mapping[str, Bools], held: Mapping[str, Bools]) -> None:
         before = {name: held.get(name, np.True_) for name in masks}
         if not any(np.any(before[name] & ~mask) for name, mask in masks.items()):
             total = sum(mask.size for mask in masks.values())
             zero = total - sum(int(mask.sum()) for mask in masks.values())
             raise ModelError(
                 f"0 of {len(masks)} layers changed: pattern {self.pattern}, importance {self.stage.importance}; "
-                f"{zero} of their {total} weights are masked, as before: ask for a higher sparsity"
+                f"{zero} of their {total} weights are masked, as before: ask for a higher sparsity, or for fewer steps"
             )
 
 

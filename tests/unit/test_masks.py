@@ -242,9 +242,10 @@ def test_shares_of_single_layers() -> None:
 
 
 def test_rounds_lead_to_the_sparsity() -> None:
-    stage = SparsifyStage(sparsity=0.5, layer_sparsity={"fc": 0.75}, steps=2, finetune={"epochs": 1})
-    sparsifier = Sparsifier(stage, 0)
-    first = arrays(sparsifier.decide(LAYERS, None, WEIGHTS, Evidence(), scale=0.5))
+    half, sparsifier = (
+        Sparsifier(SparsifyStage(sparsity=0.5 * part, layer_sparsity={"fc": 0.75 * part}), 0) for part in (0.5, 1.0)
+    )
+    first = arrays(half.decide(LAYERS, None, WEIGHTS, Evidence()))
     grown = {**WEIGHTS, "b.weight": WEIGHTS["b.weight"][::-1]}
     second = arrays(sparsifier.decide(LAYERS, None, grown, Evidence(), held=first))
     for name, share in (("a.weight", 0.5), ("b.weight", 0.5), ("fc.weight", 0.75)):

@@ -10,15 +10,21 @@ from slimbridge.graph.reshapes import axis_map
 _KEEPS = frozenset(("elementwise", "binary", "softmax", "layer_norm", "expand"))
 
 
+def readers_of(graph: Graph) -> dict[int, list[int]]:
+    """Tensor -> indices of the nodes that read it."""
+    readers: dict[int, list[int]] = defaultdict(list)
+    for index, node in enumerate(graph.nodes):
+        for tensor in node.inputs:
+            readers[tensor].append(index)
+    return readers
+
+
 def head_axes(graph: Graph) -> dict[int, int]:
     """Index of each reshape that cuts an axis into heads -> the axis of the heads after it.
 
     An axis is one of heads if a product of two activations has it as a batch axis: (..., heads, tokens, size).
     """
-    readers: dict[int, list[int]] = defaultdict(list)
-    for index, node in enumerate(graph.nodes):
-        for tensor in node.inputs:
-            readers[tensor].append(index)
+    readers = readers_of(graph)
     found = {}
     for index, node in enumerate(graph.nodes):
         if node.kind != "reshape":
@@ -47,13 +53,13 @@ def _batch(graph: Graph, readers: dict[int, list[int]], node: Node, axis: int) -
                     return True
                 continue
             for output in reader.outputs:
-                moved = _follow(graph, reader, tensor, output, at)
+                moved = follow(graph, reader, tensor, output, at)
                 if moved is not None:
                     waiting.append((output, moved))
     return False
 
 
-def _follow(graph: Graph, node: Node, tensor: int, output: int, at: int) -> int | None:
+def follow(graph: Graph, node: Node, tensor: int, output: int, at: int) -> int | None:
     """The axis after the node, None where it is cut, joined or lost."""
     old, new = graph.shapes[tensor], graph.shapes[output]
     if node.kind == "transpose":

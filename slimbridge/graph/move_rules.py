@@ -51,6 +51,13 @@ def _split(walk: Walk, node: Node) -> None:
 
 def _slice(walk: Walk, node: Node) -> None:
     axis, ids = int(node.attrs["axis"]), walk.source(node)
+    if varies(ids, axis) and walk.at in walk.parts and not walk.rules.freeze_reshapes:
+        size = walk.shape(node.outputs[0])[axis]
+        blocks = np.split(ids, ids.shape[axis] // size, axis=axis)
+        for block in blocks[1:]:
+            walk.ledger.unite(blocks[0], block)
+        walk.give(node, blocks[0])
+        return
     if varies(ids, axis):
         walk.ledger.freeze(ids, f"its channels are cut at written places by {where(node)}")
     cut = [slice(None)] * ids.ndim
@@ -72,11 +79,12 @@ def _reshape(walk: Walk, node: Node) -> None:
         elif len(changing) > 1 or (len(old) > 1 and len(new) > 1):
             walk.ledger.freeze(ids, f"channels are mixed with other axes by {where(node)}")
         elif len(old) == 1:
-            whole = walk.axes.get(walk.at, new[-1])
+            known = walk.axes.get(walk.at)
+            whole = known if known in new else new[-1]
             for axis in (a for a in new if a != whole):
                 walk.ledger.unite(first_along(moved, axis), moved)
                 moved = spread(first_along(moved, axis), shape)  # one id for what is now one
-            heads = along(moved, whole) if walk.at in walk.axes else None
+            heads = along(moved, whole) if walk.at in walk.head_cuts and known in new else None
             if heads is not None:
                 walk.heads.append((node.name, heads))
     walk.give(node, moved)

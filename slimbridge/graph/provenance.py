@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from slimbridge.graph import layer_rules as layers
 from slimbridge.graph import move_rules as moves
+from slimbridge.graph.cuts import channel_axes, equal_parts
 from slimbridge.graph.heads import head_axes
 from slimbridge.graph.model import Graph
 from slimbridge.graph.walk import Rules, Walk
@@ -17,7 +18,10 @@ from slimbridge.graph.walk import Rules, Walk
 
 def walked(graph: Graph, rules: Rules) -> Walk:
     """Walk the nodes in order and freeze the model's outputs."""
-    walk = Walk(graph, rules, axes=head_axes(graph) if rules.heads else {})
+    heads = head_axes(graph) if rules.heads else {}
+    walk = Walk(
+        graph, rules, axes={**channel_axes(graph), **heads}, head_cuts=frozenset(heads), parts=equal_parts(graph)
+    )
     for index, node in enumerate(graph.nodes):
         walk.at = index
         HANDLERS[node.kind](walk, node)

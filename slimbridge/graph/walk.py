@@ -66,7 +66,9 @@ class Walk:
         heads: (layer path, ids of its attention heads), where heads are cut.
         inexact: ids that a LayerNorm normalises.
         products: products of two activations.
-        axes: index of a reshape that cuts attention heads -> their axis after it.
+        axes: index of a reshape that cuts channels -> the axis that stays one of channels, where it is not the last.
+        head_cuts: those of them that cut attention heads.
+        parts: indices of slices that together are a split into equal parts.
         at: index of the node that is being walked.
     """
 
@@ -82,6 +84,8 @@ class Walk:
     inexact: list[IdArray] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     axes: Mapping[int, int] = field(default_factory=dict)
+    head_cuts: frozenset[int] = frozenset()
+    parts: frozenset[int] = frozenset()
     at: int = 0
 
     def shape(self, tensor: int) -> tuple[int, ...]:

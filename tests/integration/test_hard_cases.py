@@ -172,13 +172,16 @@ CASES: dict[str, Case] = {
         {"fc": LAST},
         lambda kept: kept["c.weight"][0] == kept["fc.weight"][1] + shifted(kept["fc.weight"][1], 8),
     ),
-    # Each axis of a cut could be the one that shrinks; the last is taken, here a part of the map's sides.
+    # The four pieces of a channel that become places go together.
     "pixel shuffle": Case(
         wirings.pixel_shuffle,
         lambda nn: {"c": nn.Conv2d(8, 32, 1)},
-        (("a",),),
-        {"c": "channels are reduced", "fc": LAST},
-        lambda kept: kept["c.weight"] == {1: kept["a.weight"][0]},
+        (("a",), ("c",)),
+        {"fc": LAST},
+        lambda kept: (
+            kept["c.weight"][1] == kept["a.weight"][0]
+            and kept["c.weight"][0] == tuple(4 * i + j for i in kept["fc.weight"][1] for j in range(4))
+        ),
     ),
     "squeeze and excitation": Case(
         wirings.squeeze_excite,

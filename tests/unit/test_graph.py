@@ -440,6 +440,30 @@ def test_positions_within_heads_shrink_alike() -> None:
     assert units.kept({int(units.groups()[1].units[0])})["out.weight"] == {1: (1, 3, 5)}
 
 
+def slices(b: Build, x: int, *spans: tuple[int, int]) -> list[int]:
+    n, _, h, w = b.shapes[x]
+    return [
+        b.add("slice", [x], (n, stop - start, h, w), axis=1, start=start, stop=stop, step=1) for start, stop in spans
+    ]
+
+
+def test_slices_that_part_the_channels_equally_are_a_split() -> None:
+    b = Build(1, 3, 4, 4)
+    left, right = slices(b, b.conv(b.x, 6, "a"), (0, 3), (3, 6))
+    units = b.units(b.head(b.binary(b.conv(left, 4, "b"), b.conv(right, 4, "c"))))
+    assert names(units) == [("a",), ("b", "c")]
+    kept = units.kept({int(units.groups()[0].units[1])})
+    assert kept == {"a.weight": {0: (0, 2, 3, 5)}, "b.weight": {1: (0, 2)}, "c.weight": {1: (0, 2)}}
+
+
+@pytest.mark.parametrize("spans", [((0, 2), (2, 6)), ((0, 3), (2, 5)), ((0, 3),), ((3, 6),)])
+def test_other_slices_freeze(spans: tuple[tuple[int, int], ...]) -> None:
+    b = Build(1, 3, 4, 4)
+    pieces = [b.conv(piece, 4, f"b{i}") for i, piece in enumerate(slices(b, b.conv(b.x, 6, "a"), *spans))]
+    units = b.units(*(b.head(piece) for piece in pieces))
+    assert "cut at written places by 'slice'" in str(reason(units, "a"))
+
+
 def test_channel_attention_is_frozen() -> None:
     """q and k are multiplied over the tokens: their channels stay as two axes of the product."""
     b = Build(1, 4, 6)

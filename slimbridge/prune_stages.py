@@ -15,11 +15,11 @@ from slimbridge.plan import PruneStage, SparsifyStage, TrainSection
 from slimbridge.plan.registries import ENTRY_IMPORTANCES, IMPORTANCES, as_importance
 from slimbridge.ports import Array, Layer, Loss, Model, Optimizer
 from slimbridge.prune import Pruner
+from slimbridge.prune.decide import Basis
 from slimbridge.prune.evidence import Evidence, collect
 from slimbridge.prune.gmp import GmpSchedule
 from slimbridge.prune.native import native_masks
 from slimbridge.prune.penalties import Penalty, penalty
-from slimbridge.prune.pruner import Basis
 from slimbridge.prune.soft import SoftPruning
 from slimbridge.prune.sparsifier import Sparsifier, masked, masks_in_force, notes
 from slimbridge.prune.target import target_note

@@ -17,10 +17,10 @@ from slimbridge.plan import DistillStage, FinetuneStage, Plan, PruneStage, Quant
 from slimbridge.plan.registries import ENTRY_IMPORTANCES, IMPORTANCES, as_importance
 from slimbridge.ports import Array, Backend, Model, tensors_in
 from slimbridge.prune import Pruner
+from slimbridge.prune.decide import Basis
 from slimbridge.prune.evidence import Evidence
 from slimbridge.prune.native import native_masks
 from slimbridge.prune.penalties import penalty
-from slimbridge.prune.pruner import Basis
 from slimbridge.prune.sparsifier import Sparsifier, masks_in_force
 from slimbridge.quantize import Quantizer
 from slimbridge.tasks import Data, Split, batches

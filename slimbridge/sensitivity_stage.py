@@ -13,7 +13,7 @@ from slimbridge.graph import Graph, cost_of
 from slimbridge.plan import PruneStage
 from slimbridge.ports import Array, Model
 from slimbridge.prune import Pruner, zeroed
-from slimbridge.prune.pruner import Basis, Candidates, decision_of
+from slimbridge.prune.decide import Basis, Candidates, decision_of
 from slimbridge.prune.select import Amount
 from slimbridge.prune.sensitivity import SensitivityJob, measure, ratios_for_loss, ratios_for_target
 from slimbridge.stages import Scene

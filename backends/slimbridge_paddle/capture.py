@@ -11,15 +11,12 @@ import numpy as np
 import paddle
 from paddle.base.dygraph.base import switch_to_static_graph
 
-from slimbridge.errors import ModelError
+from slimbridge.errors import ModelError, SlimbridgeError
 from slimbridge.ports import Array, tensors_in
 from slimbridge_paddle._compat import graph_tracing_guard, no_call_stacks, quiet_capture
 from slimbridge_paddle.names import walk
 from slimbridge_paddle.quant import remove_quant
-from slimbridge_paddle.tensors import model_dtype
-
-# What a forward pass that cannot be captured raises: Python's own errors, and Paddle's as RuntimeError or OSError.
-_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+from slimbridge_paddle.tensors import check_list, model_dtype
 
 
 @dataclass(frozen=True)
@@ -50,21 +47,38 @@ def capture(model: Any, inputs: Sequence[Array]) -> Program:
     Raises:
         ModelError: neither works, or there is no input.
     """
+    check_list(inputs)
     if not inputs:
         raise ModelError("trace: at least one example input is needed")
+    for index, array in enumerate(inputs):
+        if 0 in np.shape(array)[:1]:
+            raise ModelError(f"trace: input {index} has the shape {np.shape(array)}; a batch of at least 1 is needed")
     dtype = model_dtype(model)
     specs = [_spec(np.asarray(array), dtype) for array in inputs]
     try:
         with untouched(model):
             found: Program = _direct(model, specs)
             return found
-    except _FAILURES as first:
+    except SlimbridgeError:
+        raise
+    except Exception as first:  # noqa: BLE001  (a user's forward may raise anything)
         try:
             with untouched(model):
                 return _translated(model, specs)
-        except _FAILURES as second:
-            lines = [line for line in str(second).strip().splitlines() if line.strip()] or [type(second).__name__]
-            raise ModelError(f"trace: the forward pass cannot be captured: {lines[-1].strip()}") from first
+        except SlimbridgeError:
+            raise
+        except Exception as second:  # noqa: BLE001  (likewise)
+            raise ModelError(f"trace: the forward pass cannot be captured: {_line(second)}") from first
+
+
+def _line(error: Exception) -> str:
+    """The last line of a message, where Paddle has the cause; with the class's name where that is not a usual one."""
+    name = type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return name
+    usual = type(error).__module__ == "builtins" or name in lines[-1]
+    return lines[-1] if usual else f"{name}: {lines[-1]}"
 
 
 def _spec(array: Array, dtype: str) -> tuple[list[int], str]:

@@ -60,10 +60,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Literal:
-    """A number or a list that the program holds; `value` is None where it is not worth knowing."""
+    """A number or a list that the program holds; `value` is None where it is not worth knowing.
+
+    `like` is the tensor of the graph that it takes its shape from, as `zeros_like` makes it.
+    """
 
     shape: tuple[int, ...]
     value: Any = None
+    like: int | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 
 from slimbridge.decisions import PruneDecision
-from slimbridge.errors import BackendError, ModelError, nearest
+from slimbridge.errors import BackendError, ModelError, listed, nearest
 from slimbridge.ports import Array
 from slimbridge_paddle.names import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Entry, entries, find_layers, walk
 from slimbridge_paddle.tensors import assign, copied
@@ -68,21 +68,20 @@ def _new_sizes(
 def _new_heads(model: Any, heads: Mapping[str, tuple[int, int]]) -> Iterator[tuple[Any, dict[str, object]]]:
     """Each layer that loses attention heads, with the attributes that hold their number."""
     for path, layer in find_layers(model, tuple(heads), "remove_channels").items():
-        old, new = heads[path]
-        found = [
-            name
-            for name, value in layer.__dict__.items()
-            if type(value) is int
-            and value == old
-            and "head" in name.lower()
-            and not any(word in name.lower() for word in ("dim", "size", "channels"))
-        ]
-        if not found:
+        before, after = heads[path]
+        numbers = {name: value for name, value in layer.__dict__.items() if type(value) is int}
+        counts = {name: value for name, value in numbers.items() if "head" in name.lower() and not _is_size(name)}
+        if before not in counts.values():
             raise ModelError(
-                f"remove_channels: '{path}' loses heads ({old} -> {new}), but has no integer attribute that is {old} "
-                "and whose name contains 'head'"
+                f"remove_channels: layer '{path}' has no attribute for its {before} attention heads; "
+                f"an integer named after heads (num_heads, n_heads, ...) is needed, found {listed(counts)}"
             )
-        yield layer, dict.fromkeys(found, new)
+        yield layer, {name: after for name, value in counts.items() if value == before}
+
+
+def _is_size(name: str) -> bool:
+    """Does the name speak of a head's size, and not of how many there are?"""
+    return any(word in name.lower() for word in ("dim", "size", "channels", "width", "per_head", "d_head", "head_d"))
 
 
 def _check(entry: Entry, axes: Mapping[int, tuple[int, ...]], size: tuple[int, ...] | None) -> None:
@@ -125,7 +124,7 @@ def _attributes(layer: Any, shapes: Shapes, path: str) -> dict[str, object]:
     weight = shapes.get("weight", first)
     if isinstance(layer, (*TRANSPOSED_CONVS, *CONVS)):
         return _conv_attributes(layer, weight, path)
-    if isinstance(layer, BATCH_NORMS):
+    if isinstance(layer, (*BATCH_NORMS, paddle.nn.layer.norm._InstanceNormBase)):
         return {"_num_features": first[0]}
     if isinstance(layer, paddle.nn.LayerNorm):
         if len(layer._normalized_shape) > 1:

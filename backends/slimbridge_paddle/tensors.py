@@ -7,19 +7,36 @@ from typing import Any
 import numpy as np
 import paddle
 
+from slimbridge.errors import ModelError
 from slimbridge.ports import Array, Device, DType
 
 _FLOATS = {paddle.float32: "float32", paddle.float64: "float64", paddle.float16: "float16"}
 
 
 def dtype_name(tensor: Any) -> str:
-    """NumPy's name of the tensor's dtype."""
-    return str(tensor.dtype).removeprefix("paddle.")
+    """NumPy's name of the tensor's dtype.
+
+    Raises:
+        ModelError: NumPy has no such type.
+    """
+    name = str(tensor.dtype).removeprefix("paddle.")
+    if name.startswith(("bfloat", "float8")):
+        raise ModelError(
+            f"dtype: the model holds a {name} tensor; float32 and float64 are supported (model.to(dtype='float32'))"
+        )
+    return name
 
 
 def is_float(tensor: Any) -> bool:
     """Is it a floating tensor?"""
     return tensor.dtype in _FLOATS
+
+
+def check_list(inputs: object) -> None:
+    """Raise ModelError where an array is given in place of a list of them."""
+    if not isinstance(inputs, (list, tuple)):
+        found = type(inputs).__name__
+        raise ModelError(f"input: a list with one array for each argument of forward is needed, found {found}")
 
 
 def place_of(tensor: Any) -> Any:
@@ -47,6 +64,7 @@ def replace_data(tensor: Any, other: Any) -> None:
 
 def copied(tensor: Any) -> Array:
     """The tensor's values as an array of its own."""
+    dtype_name(tensor)  # Paddle gives the bits of a bfloat16 tensor as whole numbers
     return np.array(tensor.numpy())
 
 
@@ -59,7 +77,8 @@ def all_tensors(model: Any) -> list[Any]:
 
 def model_dtype(model: Any) -> str:
     """Name of the dtype of the model's first floating tensor, "float32" if it has none."""
-    return next((dtype_name(tensor) for tensor in all_tensors(model) if is_float(tensor)), "float32")
+    names = [(dtype_name(tensor), is_float(tensor)) for tensor in all_tensors(model)]
+    return next((name for name, floating in names if floating), "float32")
 
 
 def model_place(model: Any) -> Any:

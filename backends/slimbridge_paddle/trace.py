@@ -104,6 +104,8 @@ class Builder:
         if name == "pd_op.data" and results[0].id in self.refs:
             return
         operands = [self.refs.get(v.id) if v.initialized() else None for v in operation.operands_source()]
+        if name.endswith("_") and isinstance(operands[0], Literal):
+            self._forget_likes()
         call = trace_ops.Call(_short(name), operation, operands, results)
         before = len(self.nodes)
         try:
@@ -118,6 +120,11 @@ class Builder:
             self._check_shapes(node, call.name)
         for value, ref in zip(results, found, strict=False):
             self.refs[value.id] = ref
+
+    def _forget_likes(self) -> None:
+        """A write into a literal, whose old value later operations read, may have set single channels of it."""
+        literals = {key: ref for key, ref in self.refs.items() if isinstance(ref, Literal) and ref.like is not None}
+        self.refs.update({key: replace(ref, like=None) for key, ref in literals.items()})
 
     def _check_shapes(self, node: Node, op: str) -> None:
         """Raise ModelError for a shape that Paddle does not know (-1), or that leaves a window nothing to look at."""
@@ -141,7 +148,9 @@ class Builder:
             [tuple(int(size) for size in item.shape) for item in kind.as_list()] if kind else self._used_shape(value)
             for value, kind in zip(call.results, kinds, strict=True)
         ]
-        made = iter(self.emit("unknown", inputs, [shape for group in shapes for shape in group], op=call.name))
+        last = call.attrs.get("data_format")
+        op = f"{call.name} ({last})" if last in trace_ops.CHANNELS_LAST else call.name
+        made = iter(self.emit("unknown", inputs, [shape for group in shapes for shape in group], op=op))
         refs = [tuple(Active(next(made)) for _ in group) for group in shapes]
         return [ref[0] if len(ref) == 1 and not kind else Bundle(ref) for ref, kind in zip(refs, kinds, strict=True)]
 
@@ -173,6 +182,8 @@ class Builder:
         """The tensor id of a value; parameters and literals become constant nodes."""
         if isinstance(ref, Active):
             return ref.tensor
+        if isinstance(ref, Literal) and ref.like is not None:
+            return self.one("elementwise", (ref.like,), ref.shape, op="like")
         if isinstance(ref, Literal):
             return self.one("constant", (), ref.shape)
         if isinstance(ref, Stored):

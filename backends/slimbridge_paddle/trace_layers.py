@@ -103,6 +103,12 @@ def _batch_norm(builder: Builder, call: Call) -> list[Ref]:
     return [Active(builder.one("batch_norm", (builder.tensor(call.operand(0)),), call.shape, params))]
 
 
+@handles("instance_norm")
+def _instance_norm(builder: Builder, call: Call) -> list[Ref]:
+    params = _params(call, {1: "weight", 2: "bias"})
+    return [Active(builder.one("batch_norm", (builder.tensor(call.operand(0)),), call.shape, params))]
+
+
 @handles("layer_norm")
 def _layer_norm(builder: Builder, call: Call) -> list[Ref]:
     axes = tuple(range(int(call.attrs["begin_norm_axis"]), len(call.shape)))

@@ -73,9 +73,10 @@ BINARY = {
     "not_equal": "ne", "logical_and": "and", "logical_or": "or",
 }  # fmt: skip
 SHAPE_ONLY = frozenset(("shape", "shape64", "numel", "full_like", "full_batch_size_like", "zeros_like", "ones_like"))
+_LIKE = ("full_like", "zeros_like", "ones_like")
 RESIZES = ("bilinear_interp", "nearest_interp", "bicubic_interp", "linear_interp", "trilinear_interp")
 _VALUED = ("full", "full_int_array", "assign_value")
-_CHANNELS_LAST = ("NHWC", "NDHWC", "NLC")
+CHANNELS_LAST = ("NHWC", "NDHWC", "NLC")
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
@@ -98,6 +99,9 @@ def translate(builder: Builder, call: Call) -> list[Ref]:
         raise Unsupported
     if call.name == "combine":
         return [Bundle(tuple(ref if ref is not None else Literal(()) for ref in call.operands))]
+    first = call.operand(0)
+    if call.name in _LIKE and isinstance(first, Active) and builder.shapes[first.tensor] == call.shape:
+        return [Literal(call.shape, like=first.tensor)]
     if call.name in SHAPE_ONLY or all(_is_literal(ref) for ref in call.operands):
         return [_literal(call, value) for value in call.results]
     if call.name in ELEMENTWISE:
@@ -132,7 +136,7 @@ def _literal(call: Call, value: Any) -> Ref:
 def channels_first(call: Call) -> dict[str, Any]:
     """The attributes; Unsupported when the channels come last."""
     attrs = call.attrs
-    if attrs.get("data_format", "NCHW") in _CHANNELS_LAST:
+    if attrs.get("data_format", "NCHW") in CHANNELS_LAST:
         raise Unsupported
     return attrs
 
@@ -210,6 +214,26 @@ def _reduce(builder: Builder, call: Call) -> list[Ref]:
     return [Active(made)]
 
 
+@handles("p_norm")
+def _norm(builder: Builder, call: Call) -> list[Ref]:
+    attrs, source = call.attrs, builder.tensor(call.operand(0))
+    rank = len(builder.shapes[source])
+    axes = tuple(range(rank)) if attrs["asvector"] else (int(attrs["axis"]) % rank,)
+    keepdims = bool(attrs["keepdim"])
+    return [Active(builder.one("reduce", (source,), call.shape, op="norm", axes=axes, keepdims=keepdims))]
+
+
+@handles("flip", "repeat_interleave")
+def _along_space(builder: Builder, call: Call) -> list[Ref]:
+    """Turned round, or entries repeated, along spatial axes: a resize says of any channels what these do to them."""
+    source, rank = builder.tensor(call.operand(0)), len(call.shape)
+    given = call.attrs["axis"]
+    axes = [int(axis) % rank for axis in (given if isinstance(given, (list, tuple)) else [given])]
+    if rank < 2 or rank != len(builder.shapes[source]) or 1 in axes:
+        raise Unsupported
+    return [Active(builder.one("resize", (source,), call.shape, op=call.name))]
+
+
 @handles("softmax", "log_softmax")
 def _softmax(builder: Builder, call: Call) -> list[Ref]:
     axis = int(call.attrs["axis"]) % len(call.shape)
@@ -221,6 +245,9 @@ def _prelu(builder: Builder, call: Call) -> list[Ref]:
     """The slopes broadcast over the channel axis."""
     attrs = channels_first(call)
     source, slopes = builder.tensor(call.operand(0)), call.operand(1)
+    own = slopes.entry if isinstance(slopes, Stored) else None
+    if own is None and isinstance(slopes, (Literal, Stored)) and prod(slopes.shape) == 1:
+        return [Active(builder.one("elementwise", (source,), call.shape, op="prelu"))]
     if not isinstance(slopes, Stored) or attrs["mode"] == "element":
         raise Unsupported
     wanted = (1, prod(slopes.shape), *(1,) * (len(call.shape) - 2))

@@ -108,6 +108,7 @@ class _Values:
     stale: set[int] = field(default_factory=set)
     extra: dict[int, tuple[str, list[Tensor]]] = field(default_factory=dict)
     literal: set[int] = field(default_factory=set)
+    likes: dict[int, int] = field(default_factory=dict)
     twins: dict[int, Tensor] = field(default_factory=dict)
     backups: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)
@@ -150,6 +151,12 @@ class Recorder(TorchDispatchMode):
         self._bind(tensor, value)
         return value
 
+    def add_like(self, tensor: Tensor, source: Tensor) -> None:
+        """Declare a literal that takes its shape from an activation, as `zeros_like` makes it."""
+        values = self._values
+        if id(source) in values.ids:
+            values.likes[id(tensor)] = values.ids[id(source)]
+
     def parameter(self, tensor: Tensor) -> str | None:
         """The name of an unchanged parameter or buffer, None for any other tensor."""
         return self._values.names.get(id(tensor))
@@ -164,6 +171,8 @@ class Recorder(TorchDispatchMode):
             op, sources = values.extra[key]
             inputs = [self.value(source) for source in sources]
             made = self.emit("unknown", inputs, [tensor.shape], None, {"op": op})[0]
+        elif key in values.likes:
+            made = self.emit("elementwise", [values.likes[key]], [tensor.shape], None, {"op": "like"})[0]
         else:
             name = values.names.get(key)
             made = self.emit("constant", (), [tensor.shape], {"value": name} if name else None, {})[0]
@@ -212,6 +221,10 @@ class Recorder(TorchDispatchMode):
         self._values.kept += [*tensors, *outs]
         if any(map(self._is_data, tensors)):
             self._record(Call(self, info, args, kwargs, outs), tensors, before)
+        elif before:
+            self._values.likes.clear()  # a write that is not recorded may have set single channels of one
+        elif info.name in _PASSING and id(tensors[0]) in self._values.likes:
+            self._values.likes[id(outs[0])] = self._values.likes[id(tensors[0])]
         if info.is_view:
             self._join(tensors[0], outs)
         return out
@@ -319,6 +332,9 @@ class Recorder(TorchDispatchMode):
             values.kept.append(item)
         return values.twins[id(item)]
 
+
+_PASSING = ("alias", "clone", "contiguous", "detach", "_to_copy")
+"""Operations that pass a literal on."""
 
 _EVAL_NORMS = {"native_batch_norm": 5, "_native_batch_norm_legit_no_training": None}
 """BatchNorm operations and the position of their `training` argument; None: always in eval mode."""

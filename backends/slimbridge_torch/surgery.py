@@ -109,7 +109,7 @@ def _heads(module: nn.Module, path: str, before: int, after: int) -> dict[str, i
     return {name: after for name, value in counts.items() if value == before}
 
 
-_OF_SIZES = ("dim", "size", "channels")
+_OF_SIZES = ("dim", "size", "channels", "width", "per_head", "d_head", "head_d")
 
 
 def _attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as hooks
 
-from slimbridge.errors import ModelError
+from slimbridge.errors import ModelError, SlimbridgeError
 from slimbridge.graph import Graph
 from slimbridge.ports import tensors_in
 from slimbridge_torch.names import canonical, check_ready
@@ -31,9 +31,6 @@ from slimbridge_torch.trace_fold import fold
 from slimbridge_torch.trace_ops import HANDLERS
 
 Tensor = Any
-
-# What a forward pass raises when it meets shapes or data that it cannot use.
-_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Graph:
@@ -47,17 +44,24 @@ def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Graph:
         ModelError: the pass fails, or depends on data; the message names the layer.
     """
     _check(model)
+    for index, example in enumerate(inputs):
+        if 0 in example.shape[:1]:
+            raise ModelError(
+                f"trace: input {index} has the shape {tuple(example.shape)}; a batch of at least 1 is needed"
+            )
     recorder = Recorder(HANDLERS)
     try:
         with _preserved(model), torch.no_grad(), _plain_attention():
             ids = _by_dispatch(model, inputs, recorder)
-    except (ModelError, *_FAILURES) as first:
+    except Exception as first:  # a user's forward may raise anything
+        if isinstance(first, SlimbridgeError) and not isinstance(first, ModelError):
+            raise
         where = recorder.path
         recorder = Recorder(HANDLERS)
         try:
             with _preserved(model), torch.no_grad(), _plain_attention(), silent():
                 ids = _by_export(model, inputs, recorder)
-        except (ModelError, *_FAILURES) as second:
+        except Exception as second:  # noqa: BLE001  (likewise)
             raise _explained(first, second, where) from first
     parameters = {name: tuple(tensor.shape) for name, tensor in canonical(model).items()}
     nodes = fold(recorder.nodes, recorder.shapes, ids[1])

@@ -199,6 +199,14 @@ def _roll(call: Call) -> Sequence[int] | None:
     return [value]
 
 
+def _flip(call: Call) -> Sequence[int] | None:
+    """Turned round along spatial axes: what a resize does to channels on axis 1, and to any other, says it all."""
+    rank = len(call.outs[0].shape)
+    if rank < 2 or any(int(axis) % rank == 1 for axis in call.arg("dims")):
+        return None
+    return [call.emit("resize", [call.value(call.args[0])], op="flip")]
+
+
 def _channel_shuffle(call: Call) -> Sequence[int]:
     value = call.value(call.args[0])
     shape = call.shape(value)
@@ -246,6 +254,7 @@ MOVES: Mapping[str, Handler] = {
     "unbind": _unbind,
     "repeat": _repeat,
     "roll": _roll,
+    "flip": _flip,
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,
 }

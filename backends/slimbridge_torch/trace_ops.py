@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from slimbridge_torch.record import Call, Handler
-from slimbridge_torch.trace_moves import MOVES
+from slimbridge_torch.trace_moves import MOVES, reshaped
 
 Tensor = Any
 
@@ -19,8 +19,8 @@ sin sinh softplus softshrink sqrt square tan tanh threshold trunc"""
 _BINARY = """add atan2 bitwise_and bitwise_or div eq floor_divide fmax fmin fmod ge gt le logical_and logical_or
 logical_xor lt masked_fill maximum minimum mul ne pow remainder rsub sub _prelu_kernel true_divide"""
 _SAME = "alias clone contiguous detach lift lift_fresh lift_fresh_copy _to_copy"
-_LITERAL = """bernoulli empty_like fill full_like new_empty new_empty_strided new_full new_ones new_zeros normal
-ones_like rand_like randn_like random uniform zero zeros_like"""
+_LITERAL = "bernoulli fill new_empty new_empty_strided new_full new_ones new_zeros normal random uniform zero"
+_LIKE = "empty_like full_like ones_like rand_like randn_like zeros_like"
 _POOLS = {
     "max_pool2d_with_indices": "max",
     "max_pool3d_with_indices": "max",
@@ -32,7 +32,9 @@ _POOLS = {
     "_adaptive_avg_pool3d": "avg",
 }
 _NORMS = "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm"
-_REDUCE = {"mean": "mean", "sum": "sum", "amax": "max", "amin": "min", "max": "max", "min": "min"}
+_REDUCE = {"mean": "mean", "sum": "sum", "amax": "max", "amin": "min", "max": "max", "min": "min"} | {
+    name: name for name in ("std", "var", "std_mean", "var_mean", "linalg_vector_norm")
+}
 _RESIZE = [f"{start}upsample_{mode}" for start in ("", "_") for mode in (
     "nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d",
     "nearest_exact1d", "nearest_exact2d", "nearest_exact3d", "bilinear2d_aa", "bicubic2d_aa",
@@ -106,8 +108,29 @@ def _linear(call: Call) -> Sequence[int] | None:
 
 def _batch_norm(call: Call) -> Sequence[int] | None:
     roles = ("weight", "bias", "running_mean", "running_var")
-    params = _roles(call, {role: call.arg(role) for role in roles})
-    return None if params is None else [call.emit("batch_norm", [call.value(call.args[0])], params=params)]
+    tensors = {role: call.arg(role) for role in roles if call.arg(role) is not None}
+    computed = [role for role, tensor in tensors.items() if call.recorder.parameter(tensor) is None]
+    if not all(_arranged(call, call.value(tensors[role])) for role in computed):
+        return None
+    params = _roles(call, {role: tensor for role, tensor in tensors.items() if role not in computed})
+    made = call.emit("batch_norm", [call.value(call.args[0])], params=params)
+    # InstanceNorm repeats its vectors for every image of the batch: its channels meet them one by one.
+    column = (1, -1, *(1,) * (call.args[0].ndim - 2))
+    for role in sorted(computed, key=tuple(_NORM_STEPS).index):
+        vector = reshaped(call, call.value(tensors[role]), (*column[:1], tensors[role].numel(), *column[2:]))
+        made = call.emit("binary", [made, vector], op=_NORM_STEPS[role])
+    return [made]
+
+
+_NORM_STEPS = {"running_mean": "sub", "running_var": "div", "weight": "mul", "bias": "add"}
+
+
+def _arranged(call: Call, value: int) -> bool:
+    """Is it made of parameters and buffers alone, repeated, joined or reshaped?"""
+    node = call.recorder.maker(value)
+    if node is None or node.kind not in ("constant", "concat", "expand", "reshape"):
+        return False
+    return "value" in node.params if node.kind == "constant" else all(_arranged(call, item) for item in node.inputs)
 
 
 def _layer_norm(call: Call) -> Sequence[int] | None:
@@ -171,6 +194,11 @@ def _literal(call: Call) -> Sequence[int]:
     return []
 
 
+def _like(call: Call) -> Sequence[int]:
+    call.recorder.add_like(call.outs[0], call.args[0])
+    return []
+
+
 def _pool(call: Call) -> Sequence[int]:
     return [call.emit("pool", [call.value(call.args[0])], op=_POOLS[call.info.name])]
 
@@ -182,15 +210,18 @@ def _resize(call: Call) -> Sequence[int]:
 def _reduce(call: Call) -> Sequence[int] | None:
     if call.info.overload == "other":
         return _binary(call)
-    if call.info.overload in ("names_dim", "unary_out"):
+    if call.info.overload in ("names_dim", "names_std_dim", "correction_names", "unary_out"):
         return None
     rank = call.args[0].ndim
     dims = call.arg("dim")
     dims = [dims] if isinstance(dims, int) else dims or range(rank)
     axes = tuple(sorted(dim % rank for dim in dims)) if rank else ()
     keep = bool(call.arg("keepdim", False))
-    op = _REDUCE[call.info.name]
-    return [call.emit("reduce", [call.value(call.args[0])], op=op, axes=axes, keepdims=keep)]
+    source = call.value(call.args[0])
+    ops = _REDUCE[call.info.name].split("_")[-2:] if len(call.outs) == 2 and "_" in call.info.name else None
+    if ops is None:
+        return [call.emit("reduce", [source], op=_REDUCE[call.info.name], axes=axes, keepdims=keep)]
+    return [call.emit("reduce", [source], op=op, axes=axes, keepdims=keep) for op in ops]
 
 
 def _softmax(call: Call) -> Sequence[int]:
@@ -215,7 +246,8 @@ HANDLERS: Mapping[str, Handler] = {
     **{name: _unary for name in _UNARY.split()},
     **{name: _binary for name in _BINARY.split()},
     **{name: _same for name in _SAME.split()},
-    **{name: _literal for name in _LITERAL.split()},
+    **dict.fromkeys(_LITERAL.split(), _literal),
+    **dict.fromkeys(_LIKE.split(), _like),
     **dict.fromkeys(_POOLS, _pool),
     **dict.fromkeys(_RESIZE, _resize),
     **dict.fromkeys(_REDUCE, _reduce),

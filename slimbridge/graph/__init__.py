@@ -2,11 +2,13 @@
 
 from slimbridge.graph.cost import Cost, cost_of, cost_without, count_parameters
 from slimbridge.graph.model import KINDS, Graph, Node
+from slimbridge.graph.provenance import OUTPUT
 from slimbridge.graph.units import ChannelGroup, UnitProducer, Units, find_units
 from slimbridge.graph.walk import Rules
 
 __all__ = [
     "KINDS",
+    "OUTPUT",
     "ChannelGroup",
     "Cost",
     "Graph",

@@ -43,7 +43,8 @@ def _matmul(walk: Walk, node: Node) -> None:
     shape = walk.shape(node.outputs[0])
     vector = left.ndim < 2 or right.ndim < 2
     if vector or walk.rules.freeze_attention or _mixed(left, left.ndim - 1) or _mixed(right, right.ndim - 2):
-        walk.give_up(node, f"two activations are multiplied by {where(node)}")
+        held = ": with such channels free the model is wrong" if walk.rules.freeze_attention else ""
+        walk.give_up(node, f"two activations are multiplied by {where(node)}{held}")
         return
     inner = varies(left, left.ndim - 1), varies(right, right.ndim - 2)
     if any(inner):

@@ -75,7 +75,9 @@ def _reshape(walk: Walk, node: Node) -> None:
         if not changing:
             continue
         if walk.rules.freeze_reshapes:
-            walk.ledger.freeze(ids, f"its width is written into {where(node)}")
+            walk.ledger.freeze(
+                ids, f"its width may be written into {where(node)}: with such channels free the model is wrong"
+            )
         elif len(changing) > 1 or (len(old) > 1 and len(new) > 1):
             walk.ledger.freeze(ids, f"channels are mixed with other axes by {where(node)}")
         elif len(old) == 1:

@@ -15,6 +15,8 @@ from slimbridge.graph.heads import head_axes
 from slimbridge.graph.model import Graph
 from slimbridge.graph.walk import Rules, Walk
 
+OUTPUT = "its channels are an output of the model"
+
 
 def walked(graph: Graph, rules: Rules) -> Walk:
     """Walk the nodes in order and freeze the model's outputs."""
@@ -26,7 +28,7 @@ def walked(graph: Graph, rules: Rules) -> Walk:
         walk.at = index
         HANDLERS[node.kind](walk, node)
     for output in graph.outputs:
-        walk.ledger.freeze(walk.ids[output], "its channels are an output of the model")
+        walk.ledger.freeze(walk.ids[output], OUTPUT)
     return walk
 
 

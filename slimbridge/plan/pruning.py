@@ -100,7 +100,8 @@ class PruneStage(Section):
         sensitivity: ratios from sensitivity curves, in place of pruning_ratio.
         count_rule: how many of n go: round (min(n - 1, round(n * ratio)), half to even) or ceil_kept (ratio's share of
             n stays, rounded down); None is the preset's, else round.
-        round_to: the number of channels that stay is made a multiple of this, upwards.
+        round_to: the number of channels that stay in a group is made a multiple of this, upwards (layers of unlike
+            width that share a group, by a join that is added to others, may still end with other numbers).
         min_channels: that stay in each group.
         max_ratio: most that a group may lose, where groups compete; None sets no limit.
         layer_norm: keep the channels that a LayerNorm normalises, or prune them: removal is then not zeroing.

@@ -2,72 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from slimbridge.decisions import GroupChoice, PruneDecision, Skipped
-from slimbridge.errors import ModelError, listed
-from slimbridge.graph import Cost, Graph, Rules, Units, cost_of, cost_without, find_units
+from slimbridge.decisions import PruneDecision
+from slimbridge.errors import ModelError
+from slimbridge.graph import Graph, Rules, find_units
 from slimbridge.plan.pruning import PruneStage
 from slimbridge.ports import Array, Backend, Model
-from slimbridge.prune.assembly import assemble, removed_units
-from slimbridge.prune.coupled import structures
-from slimbridge.prune.evidence import Evidence
+from slimbridge.prune.decide import Basis, Candidates, Decider, decision_of
+from slimbridge.prune.isolate import unseen_layers, wrong_groups
 from slimbridge.prune.native import native_decision
-from slimbridge.prune.presets import Definition
-from slimbridge.prune.rate import rate_groups, unrated_groups
-from slimbridge.prune.scope import Scope, scope_of, units_before
-from slimbridge.prune.select import Amount, choose
-from slimbridge.prune.target import ROUNDS, search_ratio
+from slimbridge.prune.select import Amount
 from slimbridge.prune.verify import what_is_wrong
 
 LADDER = (Rules(), Rules(freeze_attention=True), Rules(freeze_attention=True, freeze_reshapes=True))
 """Widths in a model's code show only when the pruned model runs; each rung holds more of the channels."""
+FEW = 0.75
+"""When the last rung lets less than this share of the groups go, those that make the model wrong are looked for."""
 
 
 @dataclass(frozen=True)
-class Basis:
-    """What a decision rests on beside the graph and the weights.
+class Trial:
+    """A model that decisions are tried on.
 
     Attributes:
-        evidence: gradients and activations, for importances that need them.
-        initial: parameter -> shape in the model that `relative_to` names.
-        initial_cost: {"parameters", "macs", "latency"} of that model; None takes the present one.
-        latency: milliseconds of a model, for a latency target; measured by whoever gives it.
-        ratios: first layer of a group -> its ratio, from sensitivity curves; a group that is not named is left alone.
-        seed: of importances that draw.
+        backend, model: the model is left as it is.
+        example: inputs of one forward pass.
+        graph: the model's trace on it.
     """
 
-    evidence: Evidence = field(default_factory=Evidence)
-    initial: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    initial_cost: Mapping[str, float] | None = None
-    latency: Callable[[Model], float] | None = None
-    ratios: Mapping[str, float] | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Rated groups of one graph, from which decisions of any ratio follow."""
-
+    backend: Backend
+    model: Model
+    example: Sequence[Array]
     graph: Graph
-    units: Units
-    scope: Scope
-    definition: Definition
-    values: tuple[NDArray[np.float64], ...]
-    before: tuple[int, ...]
-    structures: tuple[Hashable, ...] = ()
 
-    def choose(self, amounts: Sequence[Amount]) -> tuple[NDArray[np.int64], ...]:
-        """Positions that go, of each group."""
-        return choose(self.scope.groups, self.values, amounts, self.definition, self.structures)
+    def prove(self, decision: PruneDecision) -> tuple[Model, str | None]:
+        """A pruned copy, and what is wrong with it."""
+        pruned = self.backend.clone(self.model)
+        try:
+            pruned = self.backend.remove_channels(pruned, decision)
+        except ModelError as error:
+            return pruned, str(error)
+        return pruned, what_is_wrong(self.backend, self.model, pruned, decision, self.example)
 
-    def cost_left(self, chosen: Sequence[NDArray[np.int64]]) -> Cost:
-        """The cost without what was chosen."""
-        return cost_without(self.graph, self.units, removed_units(self.scope.groups, chosen))
+    def complete(self, decision: PruneDecision) -> PruneDecision:
+        """With the layers that the graph does not show among those left alone."""
+        known = {item.layer for item in decision.skipped}
+        unseen = unseen_layers(self.backend.layers(self.model), self.graph)
+        more = {item.layer: item for item in unseen if item.layer not in known}
+        return decision.model_copy(update={"skipped": (*decision.skipped, *more.values())}) if more else decision
 
 
 class Pruner:
@@ -75,49 +59,15 @@ class Pruner:
 
     def __init__(self, stage: PruneStage, basis: Basis | None = None) -> None:
         self.stage, self.basis = stage, basis or Basis()
-        self.definition = Definition.of(stage, self.basis.seed)
+        self.decider = Decider(stage, self.basis)
 
     def candidates(self, graph: Graph, weights: Mapping[str, Array], rules: Rules | None = None) -> Candidates:
-        """Find and rate the channel groups that the stage may prune.
-
-        Raises:
-            ModelError: a pattern matches no layer, a weight is not finite, or no layer's channels may go.
-        """
-        units = find_units(graph, rules or self._ladder()[0])
-        scope = scope_of(self.stage, units)
-        if not scope.groups:
-            raise ModelError(_nothing_free(scope.skipped))
-        missing = unrated_groups(graph, units, scope.groups, self.definition, self.basis.evidence)
-        if len(missing) < len(scope.groups):
-            scope = scope.without(missing, f"importance '{self.definition.name}' finds nothing to rate its channels by")
-        values = rate_groups(graph, units, scope.groups, weights, self.definition, self.basis.evidence)
-        shapes = self.basis.initial if self.stage.relative_to != "current" else {}
-        before = tuple(units_before(group, shapes) for group in scope.groups)
-        alike = structures(graph, units, scope.groups) if self.stage.selection == "isomorphic" else ()
-        return Candidates(graph, units, scope, self.definition, values, before, alike)
+        """The rated channel groups; see `Decider.candidates`. The stage's first rules are the default."""
+        return self.decider.candidates(graph, weights, rules or self._ladder()[0])
 
     def decide(self, graph: Graph, weights: Mapping[str, Array], rules: Rules | None = None) -> PruneDecision:
-        """Choose channels.
-
-        Args:
-            graph: the traced model.
-            weights: canonical name -> array.
-            rules: see `slimbridge.graph.find_units`; None is the stage's first choice.
-
-        Raises:
-            ModelError: as `candidates`; or no channel goes.
-        """
-        found = self.candidates(graph, weights, rules)
-        searched = self._searched(found) if self.stage.target is not None and self.basis.ratios is None else None
-        return self._decision(found, searched)
-
-    def _decision(self, found: Candidates, searched: float | None) -> PruneDecision:
-        """ModelError where no channel goes."""
-        amounts = self._amounts(found, searched)
-        chosen = found.choose(amounts)
-        if not any(positions.size for positions in chosen):
-            raise ModelError(_nothing_goes(found, amounts))
-        return decision_of(found, chosen, searched or self.stage.pruning_ratio or 0.0)
+        """Choose channels; see `Decider.decide`. The stage's first rules are the default."""
+        return self.decider.decide(graph, weights, rules or self._ladder()[0])
 
     def apply(self, backend: Backend, model: Model, decision: PruneDecision) -> Model:
         """Remove what was decided from the model, in place."""
@@ -127,7 +77,8 @@ class Pruner:
         """Trace, decide, apply to a copy, and prove on the example that it equals zeroing the channels.
 
         A model that writes widths into its code cannot be told from one that computes them until it runs: when the
-        proof fails, more channels are frozen and the decision is made anew.
+        proof fails, more channels are frozen and the decision is made anew; where that would hold too many, the groups
+        that make the model wrong are looked for one by one.
 
         Args:
             backend: the model's backend.
@@ -140,33 +91,82 @@ class Pruner:
         Raises:
             ModelError: nothing can be pruned, or the pruned model is wrong in every way.
         """
-        graph = backend.trace(model, example)
+        trial = Trial(backend, model, example, backend.trace(model, example))
+        rungs = self._ladder() if self.stage.layer_norm == "keep" else self._right_without_norms(trial)
+        tried: list[PruneDecision] = []
         wrong: str | None = None
-        tried: set[str] = set()
-        for rules in self._ladder():
+        for rules in rungs:
             try:
-                decision = self._decide_for(backend, model, example, graph, rules)
+                decision = self._decide_for(trial, rules)
             except ModelError as error:
                 if wrong is None:
                     raise
-                raise ModelError(f"{error}; with more channels free the pruned model is wrong: {wrong}") from error
-            if decision.digest() in tried:
+                refusal = f"{error}; with more channels free the pruned model is wrong: {wrong}"
+                return self._isolated(trial, rungs, refusal)
+            if decision in tried:
                 continue
-            tried.add(decision.digest())
-            pruned = self.apply(backend, backend.clone(model), decision)
-            wrong = what_is_wrong(backend, model, pruned, decision, example)
-            if wrong is None:
-                return pruned, decision
-        raise ModelError(f"the pruned model is wrong, also with channels at reshapes and splits kept: {wrong}")
+            tried.append(decision)
+            pruned, found = trial.prove(decision)
+            if found is None and len(_pruned(decision)) >= FEW * len(_pruned(tried[0])):
+                return pruned, trial.complete(decision)
+            if found is None:
+                return self._best(trial, rungs, (pruned, decision))
+            wrong = found
+        return self._isolated(trial, rungs, f"the pruned model is wrong, whatever is held back: {wrong}")
 
-    def _decide_for(
-        self, backend: Backend, model: Model, example: Sequence[Array], graph: Graph, rules: Rules
-    ) -> PruneDecision:
+    def _best(
+        self, trial: Trial, rungs: Sequence[Rules], known: tuple[Model, PruneDecision]
+    ) -> tuple[Model, PruneDecision]:
+        """What isolating the wrong groups gives, or what is known already where that lets more go."""
+        try:
+            other = self._isolated(trial, rungs, "")
+        except ModelError:
+            other = known
+        pruned, decision = max(known, other, key=lambda item: len(_pruned(item[1])))
+        return pruned, trial.complete(decision)
+
+    def _isolated(self, trial: Trial, rungs: Sequence[Rules], refusal: str) -> tuple[Model, PruneDecision]:
+        """Leave out the groups that make the model wrong; ModelError (the refusal) when none is left, or after long."""
         if self.stage.engine == "native":
-            return native_decision(self.stage, backend, model, example, graph, find_units(graph, rules))
+            raise ModelError(refusal)
+        decider = self.decider
+        found = decider.candidates(trial.graph, trial.backend.read(trial.model), rungs[min(1, len(rungs) - 1)])
+        plain = decider.amounts(found, self.stage.pruning_ratio or 0.5)
+
+        def wrong_with(groups: Sequence[int]) -> str | None:
+            amounts = [amount if i in groups else Amount(0.0, amount.before) for i, amount in enumerate(plain)]
+            return trial.prove(decision_of(found, found.choose(amounts), 0.0))[1]
+
+        bad = wrong_groups(len(plain), wrong_with)
+        if bad is None or len(bad) == len(plain):
+            raise ModelError(refusal)
+        decision = decider.decided(found.without(bad))
+        pruned, wrong = trial.prove(decision)
+        if wrong is not None:
+            raise ModelError(refusal or wrong)
+        return pruned, trial.complete(decision)
+
+    def _right_without_norms(self, trial: Trial) -> tuple[Rules, ...]:
+        """The rules for channels that a LayerNorm normalises, whose removal can be proved by nothing.
+
+        Whatever else their rules let go is proved with those channels kept; the first rung that is right then serves.
+        """
+        keep = Pruner(self.stage.model_copy(update={"layer_norm": "keep"}), self.basis)
+        for rules in keep._ladder():
+            try:
+                if trial.prove(keep._decide_for(trial, rules))[1] is None:
+                    break
+            except ModelError:
+                continue  # without those channels nothing is left to go
+        return (Rules(rules.freeze_attention, rules.freeze_reshapes, layer_norms=True),)
+
+    def _decide_for(self, trial: Trial, rules: Rules) -> PruneDecision:
+        backend, model, graph = trial.backend, trial.model, trial.graph
+        if self.stage.engine == "native":
+            return native_decision(self.stage, backend, model, trial.example, graph, find_units(graph, rules))
         if self.stage.target is not None and self.stage.target.of == "latency":
-            return self._at_latency(backend, model, graph, rules)
-        return self.decide(graph, backend.read(model), rules)
+            return self.decider.at_latency(backend, model, graph, rules)
+        return self.decider.decide(graph, backend.read(model), rules)
 
     def _ladder(self) -> tuple[Rules, ...]:
         if self.stage.granularity == "heads":
@@ -174,80 +174,7 @@ class Pruner:
         norms = self.stage.layer_norm == "prune"
         return tuple(Rules(rules.freeze_attention, rules.freeze_reshapes, layer_norms=norms) for rules in LADDER)
 
-    def _amounts(self, found: Candidates, searched: float | None) -> tuple[Amount, ...]:
-        """How much of each group goes: its own ratio, that of its sensitivity curve, or the searched or stage's one."""
-        curves = self.basis.ratios
-        amounts = []
-        for group, own, before in zip(found.scope.groups, found.scope.ratios, found.before, strict=True):
-            ratio = own if own is not None else searched if searched is not None else self.stage.pruning_ratio or 0.0
-            if curves is not None and own is None:
-                ratio = curves.get(group.layers[0], 0.0)
-            amounts.append(Amount(ratio, before, own is not None))
-        return tuple(amounts)
 
-    def _searched(self, found: Candidates) -> float:
-        """The ratio that reaches the stage's target of parameters or MACs."""
-        target = self.stage.target
-        assert target is not None
-        whole = self._known_before(target.of) or float(getattr(cost_of(found.graph), target.of))
-
-        def removed_by(ratio: float) -> float:
-            left = found.cost_left(found.choose(self._amounts(found, ratio)))
-            return 1.0 - float(getattr(left, target.of)) / whole
-
-        return search_ratio(removed_by, target.remove, ROUNDS[target.of]).ratio
-
-    def _at_latency(self, backend: Backend, model: Model, graph: Graph, rules: Rules) -> PruneDecision:
-        target, measure = self.stage.target, self.basis.latency
-        if target is None or measure is None:
-            raise ModelError("a latency target needs a machine to measure on: run the plan, it does")
-        found = self.candidates(graph, backend.read(model), rules)
-        known = self._known_before("latency")
-
-        def removed_by(ratio: float) -> float:
-            chosen = found.choose(self._amounts(found, ratio))
-            if not any(positions.size for positions in chosen):
-                return 0.0  # the same model: its times would differ by noise alone
-            decision = decision_of(found, chosen, ratio)
-            pruned = self.apply(backend, backend.clone(model), decision)
-            whole = known or measure(model)  # side by side, so that a busy machine slows both
-            return 1.0 - measure(pruned) / whole
-
-        ratio = search_ratio(removed_by, target.remove, ROUNDS["latency"]).ratio
-        return self._decision(found, ratio)
-
-    def _known_before(self, of: str) -> float | None:
-        """The cost that a share is taken of, where it is not that of the present model."""
-        known = self.basis.initial_cost if self.stage.relative_to != "current" else None
-        return known[of] if known is not None else None
-
-
-def decision_of(found: Candidates, chosen: Sequence[NDArray[np.int64]], ratio: float) -> PruneDecision:
-    """The decision to remove the units at some positions of each group.
-
-    Args:
-        found: the rated groups.
-        chosen: positions of each group, ascending.
-        ratio: what the decision records as the share asked for.
-    """
-    groups = found.scope.groups
-    choices = tuple(
-        GroupChoice(layers=group.layers, channels=group.units.size, removed=tuple(positions.tolist()))
-        for group, positions in zip(groups, chosen, strict=True)
-    )
-    removed = removed_units(groups, chosen)
-    return assemble(found.graph, found.units, removed, choices, found.definition.name, ratio, found.scope.skipped)
-
-
-def _nothing_goes(found: Candidates, amounts: Sequence[Amount]) -> str:
-    widest = max(group.units.size for group in found.scope.groups)
-    largest = max(amount.ratio for amount in amounts)
-    return (
-        f"pruning_ratio {largest:g} removes no channel: the widest of {len(found.scope.groups)} channel groups has "
-        f"{widest} channels (round_to, min_channels and max_ratio count too); ask for more, or for fewer steps"
-    )
-
-
-def _nothing_free(skipped: Sequence[Skipped]) -> str:
-    why = listed((f"'{item.layer}' ({item.reason})" for item in skipped), limit=4)
-    return f"no channel of any layer may be removed; layers found: {len(skipped)}: {why}"
+def _pruned(decision: PruneDecision) -> list[tuple[str, ...]]:
+    """The layers of each group that loses any channel."""
+    return [group.layers for group in decision.groups if group.removed]

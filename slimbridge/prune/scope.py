@@ -44,12 +44,14 @@ def scope_of(stage: PruneStage, units: Units) -> Scope:
     Raises:
         ModelError: a pattern matches no layer, or two ratios meet in one group.
     """
-    layers = [producer.layer for producer in units.producers]
+    layers = [item.layer for item in (*units.producers, *units.followers)]
     ignored = {
         **{layer: "ignored_layers names it" for layer in matching(stage.ignored_layers, layers, "ignored_layers")},
         **{p.layer: f"ignored_kinds names '{p.kind}'" for p in units.producers if p.kind in stage.ignored_kinds},
     }
-    own = _own_ratios(stage.layer_ratios, layers)
+    tied = _tied_to(units, {item.layer for item in units.followers if item.layer in ignored})
+    ignored = {**tied, **ignored}
+    own = _own_ratios(stage.layer_ratios, [producer.layer for producer in units.producers])
     groups, ratios = [], []
     whole = stage.pruning_ratio is not None or stage.target is not None or stage.sensitivity is not None
     found = units.groups()
@@ -61,6 +63,16 @@ def scope_of(stage: PruneStage, units: Units) -> Scope:
             ratios.append(ratio)
     named = {layer for group in groups for layer in group.layers}
     return Scope(tuple(groups), tuple(ratios), tuple(_skipped(units, found, ignored, named)))
+
+
+def _tied_to(units: Units, followers: Collection[str]) -> dict[str, str]:
+    """Layer -> reason, of the layers whose channels go through an ignored depthwise convolution."""
+    found = {}
+    for follower in units.followers:
+        if follower.layer in followers:
+            tied = (p.layer for p in units.producers if np.isin(p.units, follower.units).any())
+            found.update(dict.fromkeys(tied, f"its channels go through '{follower.layer}', which ignored_layers names"))
+    return found
 
 
 def matching(patterns: Collection[str], layers: Sequence[str], key: str) -> set[str]:
@@ -125,7 +137,7 @@ def _skipped(
             yield Skipped(layer=producer.layer, reason=reason)
     lonely = [group.units[0] for group in groups if group.units.size == 1]
     for follower in units.followers:
-        reason = units.why_frozen(follower)
+        reason = units.why_frozen(follower) or ignored.get(follower.layer)
         if reason is None and np.isin(follower.units, lonely).all():
             reason = ALONE
         if reason is not None:

@@ -11,12 +11,13 @@ import numpy as np
 
 from slimbridge.decisions import Decision, Mask, MaskDecision, PruneDecision, Skipped
 from slimbridge.errors import ModelError, RunError, SlimbridgeError, listed, nearest
-from slimbridge.graph import Graph
+from slimbridge.graph import OUTPUT, Graph
 from slimbridge.plan.pruning import SparsifyStage
 from slimbridge.plan.registries import ENTRY_IMPORTANCES, Rows
 from slimbridge.ports import Array, Layer, as_float64
 from slimbridge.prune.candidates import Candidate, find_candidates
 from slimbridge.prune.evidence import Evidence
+from slimbridge.prune.isolate import UNUSED, unseen_layers
 from slimbridge.prune.patterns import Bools, mask_of, masks_of
 from slimbridge.prune.scope import matching
 
@@ -78,7 +79,8 @@ class Sparsifier:
         if graph is None and "grouped" in self.stage.ignored_kinds:
             raise ModelError("ignored_kinds: 'grouped' needs a model that can be traced; its groups are not known")
         candidates = find_candidates(layers, graph)
-        skipped = tuple(self._skipped(candidates, weights))
+        skipped = tuple(self._skipped(candidates, weights, graph))
+        skipped = (*skipped, *_not_candidates(candidates, layers, graph))
         masks = self.masks(layers, graph, weights, evidence, sparsity, held)
         if not masks:
             why = listed((f"'{item.layer}' ({item.reason})" for item in skipped), limit=4)
@@ -87,7 +89,7 @@ class Sparsifier:
         return MaskDecision(
             importance=self.stage.importance,
             pattern=self.pattern,
-            sparsity=self._asked(candidates, weights, sparsity),
+            sparsity=self._asked(candidates, masks, sparsity),
             masks={name: Mask.of(mask) for name, mask in masks.items()},
             skipped=skipped,
         )
@@ -102,7 +104,7 @@ class Sparsifier:
         held: Mapping[str, Bools] = NO_MASKS,
     ) -> dict[str, Bools]:
         """The masks by weight name, as `decide` makes them; all True where the sparsity is too small."""
-        chosen = [c for c in find_candidates(layers, graph) if self._why_dense(c, weights) is None]
+        chosen = [c for c in find_candidates(layers, graph) if self._why_dense(c, weights, graph) is None]
         scores, before, shares = {}, {}, {}
         for c in chosen:
             scores[c.weight] = self._scores(c, weights, evidence)
@@ -142,13 +144,13 @@ class Sparsifier:
         share = common if own is None else own
         return share or 0.0
 
-    def _asked(self, candidates: Sequence[Candidate], weights: Mapping[str, Array], sparsity: float | None) -> float:
+    def _asked(self, candidates: Sequence[Candidate], masks: Mapping[str, Bools], sparsity: float | None) -> float:
         """The stage's sparsity; where only layers have one, the mean over their weights."""
         if self.stage.pattern == "n_m" or sparsity is not None or self.stage.sparsity is not None:
             return self._share(Candidate("", (), "", None), sparsity)
-        chosen = [c for c in candidates if self._why_dense(c, weights) is None]
-        zeros = sum(self._share(c, None) * weights[c.weight].size for c in chosen)
-        return float(zeros / sum(weights[c.weight].size for c in chosen))
+        chosen = [c for c in candidates if c.weight in masks]
+        zeros = sum(self._share(c, None) * masks[c.weight].size for c in chosen)
+        return float(zeros / sum(masks[c.weight].size for c in chosen))
 
     def _scores(self, candidate: Candidate, weights: Mapping[str, Array], evidence: Evidence) -> Array:
         name, weight = candidate.weight, weights[candidate.weight]
@@ -170,16 +172,18 @@ class Sparsifier:
             raise ModelError(f"importance '{self.stage.importance}' of layer '{candidate.paths[0]}': found {what}")
         return scores
 
-    def _skipped(self, candidates: Sequence[Candidate], weights: Mapping[str, Array]) -> Iterator[Skipped]:
+    def _skipped(
+        self, candidates: Sequence[Candidate], weights: Mapping[str, Array], graph: Graph | None
+    ) -> Iterator[Skipped]:
         paths = [path for candidate in candidates for path in candidate.paths]
         for key in ("ignored_layers", "layer_sparsity"):
             matching(getattr(self.stage, key), paths, key)
         for candidate in candidates:
-            reason = self._why_dense(candidate, weights)
+            reason = self._why_dense(candidate, weights, graph)
             if reason is not None:
                 yield from (Skipped(layer=path, reason=reason) for path in candidate.paths)
 
-    def _why_dense(self, candidate: Candidate, weights: Mapping[str, Array]) -> str | None:
+    def _why_dense(self, candidate: Candidate, weights: Mapping[str, Array], graph: Graph | None) -> str | None:
         stage = self.stage
         if any(candidate.matches(pattern) for pattern in stage.ignored_layers):
             return "ignored_layers names it"
@@ -189,6 +193,8 @@ class Sparsifier:
             return "layer_sparsity does not name it"
         if stage.pattern == "unstructured":
             return None
+        if stage.pattern == "filters" and graph is not None and candidate.weight in _of_outputs(graph):
+            return OUTPUT
         if candidate.kind == "transposed" and candidate.groups is None:
             return "its groups are not known without a trace"
         inputs = candidate.rows(weights[candidate.weight]).shape[1]
@@ -205,6 +211,38 @@ class Sparsifier:
                 f"0 of {len(masks)} layers changed: pattern {self.pattern}, importance {self.stage.importance}; "
                 f"{zero} of their {total} weights are masked, as before: ask for a higher sparsity, or for fewer steps"
             )
+
+
+def _of_outputs(graph: Graph) -> set[str]:
+    """Weights of the layers whose channels are outputs of the model: a class must not be masked away."""
+    makers = {tensor: node for node in graph.nodes for tensor in node.outputs}
+    waiting, seen, found = list(graph.outputs), set(), set()
+    while waiting:
+        tensor = waiting.pop()
+        node = makers.get(tensor)
+        if tensor in seen or node is None:
+            continue
+        seen.add(tensor)
+        if node.kind in ("conv", "linear"):
+            found.add(node.params["weight"])
+        else:
+            waiting.extend(node.inputs)
+    return found
+
+
+def _not_candidates(candidates: Sequence[Candidate], layers: Sequence[Layer], graph: Graph | None) -> Iterator[Skipped]:
+    """Layers that multiply by a weight which is none of the candidates': computed, or a part of a larger layer."""
+    known = {candidate.weight for candidate in candidates}
+    if graph is None:
+        return
+    for node in graph.layer_nodes():
+        if node.params["weight"] not in known:
+            yield Skipped(
+                layer=node.name, reason=f"its weight '{node.params['weight']}' is a parameter of its own kind"
+            )
+    for item in unseen_layers(layers, graph):
+        if item.reason != UNUSED:
+            yield item
 
 
 def masked(weights: Mapping[str, Array], masks: Mapping[str, Bools]) -> dict[str, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ def zeroed(weights: Mapping[str, Array], decision: PruneDecision) -> dict[str, A
     """The weights with every removed entry 0, except running statistics; arrays that change are copies."""
     result = dict(weights)
     for name, axes in decision.kept.items():
-        if name.endswith(("running_mean", "running_var")):
+        if name.endswith(("running_mean", "running_var")) or name not in weights:
             continue
         result[name] = weights[name].copy()
         for axis, kept in axes.items():
@@ -31,7 +32,8 @@ def what_is_wrong(
 ) -> str | None:
     """Run the pruned model beside a copy of the whole one with the removed entries zeroed.
 
-    On the example, and on normal noise of its shape, since an example may hide a difference (a black image does).
+    On the example, and on normal noise of its shape, since an example may hide a difference (a black image does); and
+    at drawn weights, since the present ones may hide one too.
     A model that can be trained before must be so after: layers that run in train mode only are seen by nothing else.
     Where a LayerNorm's channels were removed on demand (`decision.exact` is False) there is nothing to compare with.
 
@@ -61,7 +63,59 @@ def what_is_wrong(
         raise
     except FAILURES as error:
         return f"it does not run: {first_line(error)}"
+    if wrong is None:
+        wrong = _unlike_at_other_weights(backend, model, silent, pruned, decision, example)
     return wrong or _no_longer_trains(backend, model, pruned, example)
+
+
+def _unlike_at_other_weights(
+    backend: Backend, model: Model, silent: Model, pruned: Model, decision: PruneDecision, example: Sequence[Array]
+) -> str | None:
+    """The same at drawn weights: a layer that is nearly switched off (a scale of 0, small first weights) hides much.
+
+    `silent` is written over. Nothing is said where the model gives no finite output at such weights.
+    """
+    drawn = lively(backend.read(model))
+    other = backend.clone(pruned)
+    try:
+        backend.write(silent, zeroed(drawn, decision), partial=True)
+        backend.write(other, cut(drawn, decision), partial=True)
+        noise = _noise(example)
+        expected, found = _outputs(backend, silent, noise), _outputs(backend, other, noise)
+    except FAILURES:
+        return None  # the model does not take such inputs
+    if not all(np.isfinite(array).all() for array in expected if array.dtype.kind == "f"):
+        return None
+    wrong = _unlike(found, expected)
+    return None if wrong is None else f"with other weights {wrong}"
+
+
+def lively(weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Weights under which every layer matters, drawn alike each time; only the floating arrays.
+
+    Matrices and kernels are normal with a deviation of 1.5 / sqrt(fan-in), vectors uniform in 0.3..1.2 (scales that are
+    not switched off), running variances in 0.5..1.5.
+    """
+    random = np.random.default_rng(1)
+    drawn = {}
+    for name, array in weights.items():
+        if array.dtype.kind != "f":
+            continue
+        if array.ndim >= 2:
+            values = random.standard_normal(array.shape) * (1.5 / float(prod(array.shape[1:])) ** 0.5)
+        else:
+            values = random.uniform(*((0.5, 1.5) if name.endswith("running_var") else (0.3, 1.2)), array.shape)
+        drawn[name] = np.asarray(values, array.dtype)
+    return drawn
+
+
+def cut(weights: Mapping[str, Array], decision: PruneDecision) -> dict[str, Array]:
+    """The weights without the removed entries."""
+    result = dict(weights)
+    for name, axes in decision.kept.items():
+        for axis, kept in axes.items() if name in weights else ():
+            result[name] = np.take(result[name], kept, axis=axis)
+    return result
 
 
 def _does_not_run(backend: Backend, model: Model, pruned: Model, example: Sequence[Array]) -> str | None:
@@ -78,13 +132,17 @@ def _does_not_run(backend: Backend, model: Model, pruned: Model, example: Sequen
 
 
 def _unlike_on_noise(backend: Backend, silent: Model, pruned: Model, example: Sequence[Array]) -> str | None:
-    random = np.random.default_rng(0)
-    noise = [random.standard_normal(a.shape).astype(a.dtype) if a.dtype.kind == "f" else a for a in example]
+    noise = _noise(example)
     try:
         expected = _outputs(backend, silent, noise)
     except FAILURES:
         return None  # the model does not take such inputs
     return _unlike(_outputs(backend, pruned, noise), expected)
+
+
+def _noise(example: Sequence[Array]) -> list[Array]:
+    random = np.random.default_rng(0)
+    return [random.standard_normal(a.shape).astype(a.dtype) if a.dtype.kind == "f" else a for a in example]
 
 
 def _unlike(found: list[Array], expected: list[Array]) -> str | None:

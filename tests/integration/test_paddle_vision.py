@@ -15,7 +15,7 @@ from slimbridge.prune import Pruner
 from slimbridge.prune.scope import ALONE
 
 LAST = "its channels are an output of the model"
-WRITTEN = "its width is written into 'reshape' in layer ''"
+WRITTEN = "its width may be written into 'reshape' in layer '': with such channels free the model is wrong"
 
 
 class Family(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -293,7 +294,10 @@ def test_a_transposed_convolution(groups: int) -> None:
         assert np.array_equal(rows[out], weight[group * 8 // groups : (group + 1) * 8 // groups, place])
     assert np.array_equal(candidate.canonical(rows > 0, weight.shape), weight > 0)
     stage = SparsifyStage(pattern="filters", sparsity=1 / 3)
-    decision = Sparsifier(stage, 0).decide(layers, graph_of("up", groups), {"up": weight}, Evidence())
+    with pytest.raises(ModelError, match=r"'up' \(its channels are an output of the model\)"):
+        Sparsifier(stage, 0).decide(layers, graph_of("up", groups), {"up": weight}, Evidence())
+    inside = replace(graph_of("up", groups), outputs=())
+    decision = Sparsifier(stage, 0).decide(layers, inside, {"up": weight}, Evidence())
     least = np.argsort(np.abs(rows).sum((1, 2, 3)))[:groups]
     mask = candidate.rows(arrays(decision)["up"])
     assert set(np.flatnonzero(~mask.any((1, 2, 3)))) == set(least)

@@ -244,8 +244,9 @@ def test_heads_that_go() -> None:
 
 def test_heads_that_cannot_be_told() -> None:
     model = nn.Sequential(nn.Linear(3, 4))
-    model[0].head_dim, model[0].heads, model[0].headed = 4, 2, True
-    with pytest.raises(ModelError, match=r"'0' loses heads \(4 -> 2\), but has no integer attribute that is 4"):
+    model[0].head_dim = model[0].head_width = model[0].d_head = model[0].channels_per_head = 4
+    model[0].heads, model[0].headed = 2, True
+    with pytest.raises(ModelError, match=r"layer '0' has no attribute for its 4 attention heads.*found heads$"):
         BACKEND.remove_channels(model, decision(model, {"0.weight": {0: (0,)}}, heads={"0": (4, 2)}))
     with pytest.raises(ModelError, match="no layer 'attention'"):
         BACKEND.remove_channels(model, decision(model, {}, heads={"attention": (4, 2)}))

@@ -190,7 +190,7 @@ def test_unknown_operations_list_all_they_touch(backend: Any) -> None:
 
 def test_channels_last_is_unknown(backend: Any) -> None:
     model = net(lambda m, x: m.conv(x), conv=nn.Conv2D(6, 2, 1, data_format="NHWC"))
-    assert backend.trace(model, [IMAGE]).unknown_ops() == ("conv2d in 'conv'",)
+    assert backend.trace(model, [IMAGE]).unknown_ops() == ("conv2d (NHWC) in 'conv'",)
 
 
 def test_control_flow_freezes_what_it_captures(backend: Any) -> None:
@@ -282,7 +282,7 @@ def test_channels_last_normalisation_has_known_shapes(backend: Any) -> None:
     model = net(lambda m, x: m.bn(m.conv(x)), conv=nn.Conv2D(6, 3, 1, data_format="NHWC"),
                 bn=nn.BatchNorm2D(3, data_format="NHWC"))  # fmt: skip
     graph = backend.trace(model, [IMAGE])
-    assert graph.unknown_ops() == ("conv2d in 'conv'", "batch_norm in 'bn'")
+    assert graph.unknown_ops() == ("conv2d (NHWC) in 'conv'", "batch_norm (NHWC) in 'bn'")
     assert all(size >= 0 for shape in graph.shapes.values() for size in shape)
     assert graph.shapes[graph.outputs[0]] == (2, 4, 6, 3)
 

@@ -160,12 +160,12 @@ def second_head(model: Any, **more: Any) -> PruneDecision:
 def test_the_number_of_heads_follows_in_each_attribute_named_after_it() -> None:
     model = fused_model()
     model.head_dim, model.head_size, model.use_heads, model.blocks = 2, 2, True, 2
-    model.n_head = 2
+    model.n_head = model.head_width = model.channels_per_head = model.d_head = 2
     silent = BACKEND.write(BACKEND.clone(model), zeroed(BACKEND.read(model), second_head(model)))
     expected = BACKEND.ops.numpy(BACKEND.forward(silent, [TOKENS]).output)
     BACKEND.remove_channels(model, second_head(model, heads={"": (2, 1)}))
     assert (model.num_heads, model.n_head, model.head_dim, model.head_size, model.blocks) == (1, 1, 2, 2, 2)
-    assert model.use_heads is True
+    assert (model.use_heads, model.head_width, model.channels_per_head, model.d_head) == (True, 2, 2, 2)
     found = BACKEND.ops.numpy(BACKEND.forward(model, [TOKENS]).output)
     assert relative(found, expected) <= tolerance("removal").value
 

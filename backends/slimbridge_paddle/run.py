@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from slimbridge.errors import FAILURES, ModelError, SlimbridgeError, first_line, listed
+from slimbridge.errors import ModelError, listed
 from slimbridge.ports import Array, Loss, Pass, Tensor, tensors_in
 from slimbridge_paddle._compat import quiet_training
 from slimbridge_paddle.names import Entry, entries, find_layers
@@ -105,8 +105,7 @@ def run(model: Any, inputs: Sequence[Any], capture: Sequence[str]) -> Pass:
     """One forward pass in the mode and gradient setting of the moment.
 
     Raises:
-        ModelError: a captured layer does not exist, did not run, or gave no tensor; or the model raises an error of
-            its own. Errors of Python and of the framework stay as they are.
+        ModelError: a captured layer does not exist, did not run, or gave no tensor.
     """
     features: dict[str, Tensor] = {}
 
@@ -122,12 +121,7 @@ def run(model: Any, inputs: Sequence[Any], capture: Sequence[str]) -> Pass:
     layers = find_layers(model, capture, "capture")
     handles = [layer.register_forward_post_hook(keep(path)) for path, layer in layers.items()]
     with hooked(handles):
-        try:
-            output = model(*to_native(model, inputs))
-        except (SlimbridgeError, *FAILURES):
-            raise
-        except Exception as error:  # a user's forward may raise anything
-            raise ModelError(f"forward: the model raises {type(error).__name__}: {first_line(error)}") from error
+        output = model(*to_native(model, inputs))
     absent = [path for path in capture if path not in features]
     if absent:
         raise ModelError(f"capture: {listed(absent)} did not run in the forward pass")

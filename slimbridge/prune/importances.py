@@ -16,6 +16,8 @@ NEAR = 1e-4
 """A squared distance below this share of the two squared norms is taken from the difference itself."""
 BLOCK = 1 << 17
 """Distances that are in memory at once."""
+COLUMNS = 512
+"""Columns of a weight that are in memory in float64 at once."""
 
 
 def flat(array: Array) -> Array:
@@ -242,18 +244,19 @@ def distance_sums(rows: Values) -> Values:
     exactly 0; the mean row is taken off first, and near rows are compared directly, since there the sum cancels.
 
     Args:
-        rows: float64, shape (rows, entries); what is not finite makes the result so.
+        rows: floating, shape (rows, entries), computed with in float64; what is not finite makes the result so.
 
     Returns:
         float64, shape (rows,).
     """
-    own = np.array(rows, np.float64)
-    own += 0.0  # -0 and 0 are one number, but two patterns of bits
-    same = _equal_rows(own)
-    distinct = own if same[-1] == len(own) - 1 else own[np.unique(same, return_index=True)[1]]
-    distinct -= distinct.mean(axis=0)
+    same = _equal_rows(rows)
+    distinct = rows if same[-1] == len(rows) - 1 else rows[np.unique(same, return_index=True)[1]]
     counts = np.bincount(same).astype(np.float64)
-    gram = distinct @ distinct.T
+    gram = np.zeros((len(distinct), len(distinct)))
+    for start in range(0, distinct.shape[1], COLUMNS):
+        columns = np.array(distinct[:, start : start + COLUMNS], np.float64)
+        columns -= columns.mean(axis=0)
+        gram += columns @ columns.T
     norms = gram.diagonal().copy()
     sums = np.empty(len(distinct))
     step = max(1, BLOCK // max(len(distinct), 1))
@@ -268,7 +271,8 @@ def _equal_rows(rows: Values) -> NDArray[np.int64]:
     _, inverse, count = np.unique(rows.sum(axis=1), return_inverse=True, return_counts=True)
     seen: dict[object, int] = {}
     pairs = enumerate(zip(inverse, rows, strict=True))
-    keys = (row.tobytes() if count[group] > 1 else index for index, (group, row) in pairs)
+    # Adding 0 makes one number of -0 and 0, which are two patterns of bits.
+    keys = ((row + 0.0).tobytes() if count[group] > 1 else index for index, (group, row) in pairs)
     return np.array([seen.setdefault(key, len(seen)) for key in keys], np.int64)
 
 
@@ -280,7 +284,7 @@ def _squared_distances(rows: Values, gram: Values, norms: Values, block: slice) 
     near = squared < NEAR * scale
     near[own] = False
     for i, j in np.argwhere(near):
-        squared[i, j] = np.square(rows[block.start + i] - rows[j]).sum()
+        squared[i, j] = np.square(as_float64(rows[block.start + i]) - rows[j]).sum()
     squared[own] = 0.0
     return np.maximum(squared, 0.0)
 

@@ -74,7 +74,7 @@ def _check_stage(setting: Setting) -> Check:
 
 
 def _whole_step(setting: Setting) -> Competitor:
-    note = "Pruner.prune, the proof included: four forward passes and one training pass"
+    note = "Pruner.prune, the proof included: six forward passes and one training pass"
     return Competitor(OURS, lambda: setting.model, setting.prune_and_prove, _check_stage(setting), note)
 
 

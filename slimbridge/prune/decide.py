@@ -101,7 +101,7 @@ class Decider:
             scope = scope.without(missing, f"importance '{self.definition.name}' finds nothing to rate its channels by")
         values = rate_groups(graph, units, scope.groups, weights, self.definition, self.basis.evidence)
         shapes = self.basis.initial if self.stage.relative_to != "current" else {}
-        before = tuple(units_before(group, shapes) for group in scope.groups)
+        before = tuple(units_before(units, group, shapes) for group in scope.groups)
         alike = structures(graph, units, scope.groups) if self.stage.selection == "isomorphic" else ()
         return Candidates(graph, units, scope, self.definition, values, before, alike)
 

@@ -89,10 +89,15 @@ def matching(patterns: Collection[str], layers: Sequence[str], key: str) -> set[
     return matched
 
 
-def units_before(group: ChannelGroup, shapes: Mapping[str, Sequence[int]]) -> int:
-    """Units that the group had when the model had these parameter shapes; as many as now where that is not known.
+def units_before(units: Units, group: ChannelGroup, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Units that a group had when the model had other parameter shapes; as many as now where those are not known.
 
     The group's first layer tells: it has lost as many channels as units, times its channels per unit.
+
+    Args:
+        units: of the model now.
+        group: of them.
+        shapes: parameter -> shape then.
     """
     first = group.producers[0]
     shape = shapes.get(first.weight)
@@ -100,13 +105,10 @@ def units_before(group: ChannelGroup, shapes: Mapping[str, Sequence[int]]) -> in
         return int(group.units.size)
     inside = np.isin(first.units, group.units)
     per_unit = int(inside.sum()) // max(np.unique(first.units[inside]).size, 1)
-    outputs = int(shape[0]) if first.kind != "transposed" else int(shape[1]) * _groups(first, shapes)
+    outputs = int(shape[0])
+    if first.kind == "transposed":  # (in, out / groups, ...)
+        outputs = int(shape[1]) * (first.units.size // units.touched[first.weight, 1].size)
     return int(group.units.size + max(outputs - first.units.size, 0) // max(per_unit, 1))
-
-
-def _groups(first: UnitProducer, shapes: Mapping[str, Sequence[int]]) -> int:
-    """Groups of a transposed convolution: the weight (in, out / groups, ...) does not say, its present outputs do."""
-    return max(first.units.size // max(int(shapes[first.weight][1]), 1), 1)
 
 
 def _own_ratios(ratios: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from slimbridge.decisions import Skipped
 from slimbridge.errors import ModelError, listed, nearest
-from slimbridge.graph import ChannelGroup, UnitProducer, Units
+from slimbridge.graph import ChannelGroup, Units
 from slimbridge.plan.pruning import PruneStage
 
 ALONE = "none of its channels can go alone: they are tied to one another, or it has only one"

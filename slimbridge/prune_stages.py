@@ -9,6 +9,7 @@ from functools import partial
 from slimbridge.curves import Sensitivity
 from slimbridge.decisions import MaskDecision, PruneDecision, decision_to_json, load_decision
 from slimbridge.deploy.latency import measure_latency
+from slimbridge.errors import listed
 from slimbridge.files import write_file
 from slimbridge.graph import Graph, Units, cost_of
 from slimbridge.plan import PruneStage, SparsifyStage, TrainSection
@@ -40,6 +41,9 @@ def prune_stage(scene: Scene, name: str, stage: PruneStage, model: Model) -> Out
     model, decision = _decided(scene, name, stage, whole, basis)
     masks = masks_in_force([*scene.decisions, decision])
     lines = _prune_notes(stage, decision, scene.backend.layers(model))
+    if basis.ratios is not None:
+        chosen = listed((f"{layer} {ratio:.2f}" for layer, ratio in basis.ratios.items()), 20)
+        lines = (*lines, f"ratios from sensitivity curves, by first layer of a group: {chosen}")
     lines = (*lines, *_target_notes(scene, stage, basis, (whole, model)))
     outcome = Outcome(model, decision, epochs=epochs, notes=lines, sensitivity=found)
     if stage.finetune is None:
@@ -212,5 +216,8 @@ def _target_notes(scene: Scene, stage: PruneStage, basis: Basis, models: tuple[M
     costs = [cost_of(scene.backend.trace(model, scene.example)) for model in models]
     whole = known[target.of] if known else float(getattr(costs[0], target.of))
     removed = 1.0 - float(getattr(costs[1], target.of)) / whole
+    if stage.sensitivity is not None:
+        why = "the sensitivity curves jump there: no tolerated loss comes nearer"
+        return (target_note(target.of, target.remove, removed, why),)
     why = "layers that may not be pruned, whole channels, min_channels, max_ratio or round_to allow no other step"
     return (target_note(target.of, target.remove, removed, why),)

@@ -56,6 +56,8 @@ def _stage(stage: Any) -> Any:
 
 def _pruning(stage: PruneStage) -> PruneStage:
     """With the definitions that the importance leaves open written out; those of a preset are its own."""
+    if stage.engine == "native":
+        return stage
     known = Definition.of(stage)
     changes: dict[str, Any] = {"importance_options": dict(known.options)}
     if stage.preset is None:

@@ -80,9 +80,11 @@ class PruneStage(Section):
 
     Attributes:
         kind: "prune".
-        engine: own, or native: another toolkit chooses, and its choice is checked.
+        engine: own, or native: another toolkit chooses, and its choice is checked; it takes pruning_ratio, layer_ratios
+            and ignored_layers.
         native: which one.
-        preset: takes the definitions of another toolkit: paddleslim or torch_pruning.
+        preset: takes rated, group_reduction, normalisation and count_rule, and what an importance means, from another
+            toolkit: paddleslim or torch_pruning; what the plan writes itself wins.
         granularity: channels, or heads: whole attention heads, and nothing else.
         importance: criterion, a registered name.
         importance_options: options of the criterion.
@@ -105,7 +107,8 @@ class PruneStage(Section):
         min_channels: that stay in each group.
         max_ratio: most that a group may lose, where groups compete; None sets no limit.
         layer_norm: keep the channels that a LayerNorm normalises, or prune them: removal is then not zeroing.
-        steps: 1, or the number of rounds of pruning and finetuning that lead to the ratio.
+        steps: 1, or the number of rounds of pruning and finetuning that lead to the ratio; they run, and are counted, as
+            that many stages.
         relative_to: the ratio counts channels as the stage finds them (current), as the run began (initial), or as they
             were after the stage of that number (0 is the baseline).
         ignored_layers: layer paths or patterns (fnmatch) whose output channels stay.
@@ -157,12 +160,28 @@ class PruneStage(Section):
             raise ValueError("engine native and the section 'native' need each other")
         if self.engine == "native" and (self.target or self.sensitivity or self.steps > 1 or self.preparation):
             raise ValueError("engine native takes pruning_ratio and layer_ratios; no target, sensitivity, steps")
+        if self.engine == "native":
+            _refuse_own_words(self, _OWN_WORDS)
         if self.steps > 1 and self.finetune is None:
             raise ValueError("steps need 'finetune', the training after each of them")
         measured = self.sensitivity is not None or (self.target is not None and self.target.of == "latency")
         if measured and self.preparation is not None and self.preparation.method in ("soft", "growing"):
             raise ValueError("preparation soft and growing know beforehand what goes: no sensitivity or latency target")
         return self
+
+
+_OWN_WORDS = (
+    *("preset", "granularity", "importance", "importance_options", "rated", "group_reduction", "normalisation"),
+    *("selection", "count_rule", "round_to", "min_channels", "max_ratio", "layer_norm", "relative_to", "ignored_kinds"),
+)
+
+
+def _refuse_own_words(stage: Section, words: tuple[str, ...]) -> None:
+    """What our own choosing knows would have no effect on a toolkit's; ValueError names it."""
+    fields = type(stage).model_fields
+    given = [word for word in words if getattr(stage, word) != fields[word].default]
+    if given:
+        raise ValueError(f"engine native chooses by itself: {', '.join(given)} would do nothing; see native.options")
 
 
 def _check_sensitivity(stage: PruneStage) -> None:
@@ -258,6 +277,10 @@ class SparsifyStage(Section):
             raise ValueError("says not how much: sparsity or layer_sparsity is needed")
         if (self.engine == "native") != (self.native is not None):
             raise ValueError("engine native and the section 'native' need each other")
+        if self.engine == "native":
+            _refuse_own_words(
+                self, ("importance", "importance_options", "pattern", "selection", "gmp", "ignored_kinds")
+            )
         if self.steps > 1 and (self.finetune is None or self.gmp or self.engine == "native"):
             raise ValueError("steps need 'finetune', and neither gmp nor engine native")
         if self.gmp and (self.sparsity is None or self.layer_sparsity or self.importance != "magnitude"):

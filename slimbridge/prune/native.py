@@ -56,6 +56,9 @@ def native_decision(
         for group in units.groups()
     )
     skipped = scope_of(stage, units).skipped
+    named = {item.layer for item in skipped}
+    left = [p.layer for p in units.producers if p.weight not in result.kept and p.layer not in named]
+    skipped = (*skipped, *(Skipped(layer=layer, reason=f"left by '{request.pruner}'") for layer in left))
     decision = assemble(graph, units, removed, choices, request.pruner, request.ratio, skipped)
     _compare(backend, model, example, decision, result, request.pruner)
     return decision

@@ -112,7 +112,7 @@ class Pruner:
             if found is None:
                 return self._best(trial, rungs, (pruned, decision))
             wrong = found
-        return self._isolated(trial, rungs, f"the pruned model is wrong, whatever is held back: {wrong}")
+        return self._isolated(trial, rungs, f"no removal is right, whatever is held back: {wrong}")
 
     def _best(
         self, trial: Trial, rungs: Sequence[Rules], known: tuple[Model, PruneDecision]

@@ -45,7 +45,7 @@ def _stage(stage: Any) -> Any:
         return stage.model_copy(update={"observer_options": {**defaults, **stage.observer_options}})
     if isinstance(stage, PruneStage):
         return _pruning(stage)
-    if isinstance(stage, SparsifyStage):
+    if isinstance(stage, SparsifyStage) and stage.engine == "own":
         Sparsifier(stage, 0)  # likewise
         known = _defaults(ENTRY_IMPORTANCES.get(stage.importance).score)
         return stage.model_copy(update={"importance_options": {**known, **stage.importance_options}})

@@ -107,8 +107,8 @@ class PruneStage(Section):
         min_channels: that stay in each group.
         max_ratio: most that a group may lose, where groups compete; None sets no limit.
         layer_norm: keep the channels that a LayerNorm normalises, or prune them: removal is then not zeroing.
-        steps: 1, or the number of rounds of pruning and finetuning that lead to the ratio; they run, and are counted, as
-            that many stages.
+        steps: 1, or the number of rounds of pruning and finetuning that lead to the ratio; they run, and are counted,
+            as that many stages.
         relative_to: the ratio counts channels as the stage finds them (current), as the run began (initial), or as they
             were after the stage of that number (0 is the baseline).
         ignored_layers: layer paths or patterns (fnmatch) whose output channels stay.

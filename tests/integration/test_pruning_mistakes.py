@@ -44,6 +44,10 @@ PRUNE: list[tuple[dict[str, Any], str]] = [
     ({**CURVES, **prepared("soft")}, "preparation soft and growing know beforehand what goes"),
     ({**HALF, "engine": "native"}, "engine native and the section 'native' need each other"),
     ({**HALF, "native": NATIVE["native"]}, "engine native and the section 'native' need each other"),
+    (
+        {**HALF, **NATIVE, "importance": "fpgm", "selection": "global"},
+        "engine native chooses by itself: importance, selection would do nothing",
+    ),
     ({**TARGET, **NATIVE}, "engine native takes pruning_ratio and layer_ratios"),
     ({**HALF, **NATIVE, **prepared("soft")}, "engine native takes pruning_ratio and layer_ratios"),
     ({"target": {"of": "size", "remove": 0.5}}, "stages[0].target.of: found 'size'"),
@@ -68,6 +72,10 @@ SPARSIFY: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.5, "gmp": {"train": TRAIN, "initial_sparsity": 0.7}}, "initial_sparsity 0.7 is above sparsity 0.5"),
     ({"sparsity": 0.5, "gmp": {"train": TRAIN, "frequncy": 3}}, "frequency"),
     ({"sparsity": 0.5, "gmp": {}}, "stages[0].gmp.train"),
+    (
+        {"sparsity": 0.5, "engine": "native", "native": {"pruner": "torch.ln_structured"}, "pattern": "filters"},
+        "engine native chooses by itself: pattern would do nothing",
+    ),
     ({"sparsity": 0.5, "engine": "native"}, "engine native and the section 'native' need each other"),
     ({"sparsity": 0.5, "importance": "l1_norm"}, "stages[0].importance"),
 ]

@@ -107,10 +107,10 @@ class Pruner:
                 continue
             tried.append(decision)
             pruned, found = trial.prove(decision)
-            if found is None and len(_pruned(decision)) >= FEW * len(_pruned(tried[0])):
-                return pruned, trial.complete(decision)
             if found is None:
-                return self._best(trial, rungs, (pruned, decision))
+                known = pruned, trial.complete(decision)
+                few = _groups_pruned(decision) < FEW * _groups_pruned(tried[0])
+                return self._best(trial, rungs, known) if few else known
             wrong = found
         return self._isolated(trial, rungs, f"no removal is right, whatever is held back: {wrong}")
 
@@ -122,8 +122,7 @@ class Pruner:
             other = self._isolated(trial, rungs, "")
         except ModelError:
             other = known
-        pruned, decision = max(known, other, key=lambda item: len(_pruned(item[1])))
-        return pruned, trial.complete(decision)
+        return max(known, other, key=lambda item: _groups_pruned(item[1]))
 
     def _isolated(self, trial: Trial, rungs: Sequence[Rules], refusal: str) -> tuple[Model, PruneDecision]:
         """Leave out the groups that make the model wrong; ModelError (the refusal) when none is left, or after long."""
@@ -175,6 +174,6 @@ class Pruner:
         return tuple(Rules(rules.freeze_attention, rules.freeze_reshapes, layer_norms=norms) for rules in LADDER)
 
 
-def _pruned(decision: PruneDecision) -> list[tuple[str, ...]]:
-    """The layers of each group that loses any channel."""
-    return [group.layers for group in decision.groups if group.removed]
+def _groups_pruned(decision: PruneDecision) -> int:
+    """How many channel groups lose any channel."""
+    return sum(bool(group.removed) for group in decision.groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -104,7 +104,8 @@ class Sparsifier:
         held: Mapping[str, Bools] = NO_MASKS,
     ) -> dict[str, Bools]:
         """The masks by weight name, as `decide` makes them; all True where the sparsity is too small."""
-        chosen = [c for c in find_candidates(layers, graph) if self._why_dense(c, weights, graph) is None]
+        outputs = self._outputs(graph)
+        chosen = [c for c in find_candidates(layers, graph) if self._why_dense(c, weights, outputs) is None]
         scores, before, shares = {}, {}, {}
         for c in chosen:
             scores[c.weight] = self._scores(c, weights, evidence)
@@ -178,12 +179,17 @@ class Sparsifier:
         paths = [path for candidate in candidates for path in candidate.paths]
         for key in ("ignored_layers", "layer_sparsity"):
             matching(getattr(self.stage, key), paths, key)
+        outputs = self._outputs(graph)
         for candidate in candidates:
-            reason = self._why_dense(candidate, weights, graph)
+            reason = self._why_dense(candidate, weights, outputs)
             if reason is not None:
                 yield from (Skipped(layer=path, reason=reason) for path in candidate.paths)
 
-    def _why_dense(self, candidate: Candidate, weights: Mapping[str, Array], graph: Graph | None) -> str | None:
+    def _outputs(self, graph: Graph | None) -> set[str]:
+        """Weights whose rows must not be masked whole, where rows are."""
+        return _of_outputs(graph) if self.stage.pattern == "filters" and graph is not None else set()
+
+    def _why_dense(self, candidate: Candidate, weights: Mapping[str, Array], outputs: Collection[str]) -> str | None:
         stage = self.stage
         if any(candidate.matches(pattern) for pattern in stage.ignored_layers):
             return "ignored_layers names it"
@@ -193,7 +199,7 @@ class Sparsifier:
             return "layer_sparsity does not name it"
         if stage.pattern == "unstructured":
             return None
-        if stage.pattern == "filters" and graph is not None and candidate.weight in _of_outputs(graph):
+        if candidate.weight in outputs:
             return OUTPUT
         if candidate.kind == "transposed" and candidate.groups is None:
             return "its groups are not known without a trace"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -118,37 +120,121 @@ class MaskDecision(_Frozen):
     skipped: tuple[Skipped, ...] = ()
 
 
+@dataclass(frozen=True, order=True)
+class Site:
+    """A tensor of a model, named by a layer that is given it or that gives it.
+
+    As text, the key of a decision: "conv1" is the first input of each call, "conv1:output" its output,
+    "block.relu:output#1" the output of its second call in a pass, "add:input.1" its second input,
+    "conv1:weight" the weight.
+
+    Attributes:
+        path: module path.
+        side: "input" and "output" of the layer's call, or "weight", the layer's own.
+        argument: which of the tensors among the call's inputs or outputs, flattened, from 0.
+        call: number of the layer's call within one forward pass, from 0; None for each.
+    """
+
+    path: str
+    side: Literal["input", "output", "weight"] = "input"
+    argument: int = 0
+    call: int | None = None
+
+    def __str__(self) -> str:
+        """The key."""
+        if self == Site(self.path):
+            return self.path
+        argument = f".{self.argument}" if self.argument else ""
+        call = f"#{self.call}" if self.call is not None else ""
+        return f"{self.path}:{self.side}{argument}{call}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """From the key; RunError when it is none."""
+        match = _SITE.fullmatch(text)
+        if match is None:
+            raise RunError(f"'{text}' names no tensor; allowed: '<layer>', '<layer>:output', '<layer>:input.1#0'")
+        path, side, argument, call = match.groups()
+        return cls(path, side or "input", int(argument or 0), None if call is None else int(call))
+
+
+_SITE = re.compile(r"([^:#]*)(?::(input|output|weight)(?:\.(\d+))?(?:#(\d+))?)?")
+
+
 class QuantParams(_Frozen):
     """The integer grid of one tensor: real = step * (integer - zero_point).
 
     Attributes:
-        step: real units per integer; one number, or one for each index of `axis`.
-        zero_point: the integer that stands for 0.
+        step: real units per integer; one number, or one for each index of `axis`, or one for each group.
+        zero_point: the integer that stands for 0; one number, or as many as steps.
         low, high: smallest and largest integer used.
         axis: the channel axis of `step`, None for per tensor.
+        group: entries of one row of `axis` 0, flattened, that share a step: steps are then ordered by row, by group.
+        rounding: of halves, "even" or "away" from zero.
     """
 
     step: tuple[float, ...]
-    zero_point: int = 0
+    zero_point: tuple[int, ...] = (0,)
     low: int
     high: int
     axis: int | None = None
+    group: int | None = None
+    rounding: Literal["even", "away"] = "even"
+
+
+class DynamicGrid(_Frozen):
+    """A grid whose step is computed from each tensor as it comes.
+
+    Attributes:
+        low, high: smallest and largest integer.
+        symmetric: the step comes from the largest magnitude, else from the smallest and largest value.
+    """
+
+    low: int
+    high: int
+    symmetric: bool
+
+
+class Fold(_Frozen):
+    """A BatchNorm that went into the weights of the convolution or linear layer before it.
+
+    Its parameters stay, as those of a BatchNorm that only adds a bias: scale 1, mean 0, variance 1 - eps.
+
+    Attributes:
+        weight, bias: canonical names of the layer's own; the bias becomes 0.
+        scale, shift, mean, variance: canonical names of the BatchNorm's.
+        eps: what it adds to the variance.
+    """
+
+    weight: str
+    bias: str | None = None
+    scale: str
+    shift: str
+    mean: str
+    variance: str
+    eps: float
 
 
 class QuantizeDecision(_Frozen):
     """The grids of a model.
 
     Attributes:
-        observer: how activation thresholds were collected.
-        weights: canonical parameter name -> grid.
-        activations: layer path -> grid of that layer's first input.
-        skipped: layers left in float, with the reason.
+        observer: how activation ranges were found.
+        mode: "static", "dynamic" (activations' steps at run time) or "weight_only".
+        weights: canonical parameter name -> grid, of the weight with its BatchNorm folded in.
+        activations: key of a `Site` -> grid; empty unless static.
+        dynamic: key of a `Site` -> grid; empty unless dynamic.
+        folds: in the order of the graph; they come before the grids of the weights.
+        skipped: layers and tensors left in float, with the reason.
     """
 
     kind: Literal["quantize"] = "quantize"
     observer: str
+    mode: Literal["static", "dynamic", "weight_only"] = "static"
     weights: dict[str, QuantParams]
-    activations: dict[str, QuantParams]
+    activations: dict[str, QuantParams] = {}
+    dynamic: dict[str, DynamicGrid] = {}
+    folds: tuple[Fold, ...] = ()
     skipped: tuple[Skipped, ...] = ()
 
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slimbridge.decisions import PruneDecision, QuantizeDecision
+from slimbridge.decisions import PruneDecision, QuantizeDecision, Site
 from slimbridge.graph import Graph
 
 Array: TypeAlias = NDArray[Any]
@@ -41,6 +42,8 @@ class Capabilities:
         dtypes: floating types it computes in.
         threads: threads that one operation may use on the CPU.
         native_engines: pruners of other toolkits reachable as `engine: native`, "<toolkit>.<pruner>".
+        native_quantizers: likewise, quantizers.
+        forms: what `export` can write with what is installed, "onnx_float" and the framework's own.
     """
 
     backend: str
@@ -49,6 +52,8 @@ class Capabilities:
     dtypes: tuple[DType, ...] = ("float32", "float64")
     threads: int = 1
     native_engines: tuple[str, ...] = ()
+    native_quantizers: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,92 @@ class NativeResult(NamedTuple):
     output: tuple[Array, ...] | None = None
 
 
+HISTOGRAM_BINS = 8192
+"""Bins of a `Histogram`, half of them below 0."""
+
+
+class Histogram(NamedTuple):
+    """Counts of a tensor's entries over [-2**exponent, 2**exponent), in bins of equal width.
+
+    A power of two, so that two histograms are brought to one range by adding neighbours, without an error, and so
+    that the bins are the same on every framework. An entry of exactly 2**exponent is counted in the last bin.
+
+    Attributes:
+        exponent: the smallest whole number that holds all entries, -126 at least.
+        counts: int64, shape (HISTOGRAM_BINS,).
+    """
+
+    exponent: int
+    counts: Array
+
+
+class Statistics(NamedTuple):
+    """What one batch says of a tensor, real units; NaN where the tensor has one.
+
+    Attributes:
+        min, max: over all entries.
+        mean_absmax: mean over the samples (first axis) of the largest magnitude in each.
+        histogram: where it was asked for and all entries are finite.
+    """
+
+    min: float
+    max: float
+    mean_absmax: float
+    histogram: Histogram | None = None
+
+    @property
+    def absmax(self) -> float:
+        """Largest magnitude."""
+        return max(-self.min, self.max)
+
+
+class FakeQuant(Protocol):
+    """The fake quantization of one tensor, written over `Ops`; a backend calls it where the tensor is.
+
+    Attributes:
+        parameters: name -> initial value, of what is trained with the model.
+        buffers: name -> initial value, of what is kept beside it and saved with it.
+        reads: name -> canonical name of a parameter or buffer of the model that it looks at.
+    """
+
+    parameters: Mapping[str, Array]
+    buffers: Mapping[str, Array]
+    reads: Mapping[str, str]
+
+    def __call__(
+        self, ops: Ops, x: Tensor, state: Mapping[str, Tensor], training: bool
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The tensor on its grid.
+
+        Args:
+            ops: of the backend.
+            x: the tensor; of a weight in canonical layout, differentiable.
+            state: native tensors under the names of `parameters`, `buffers` and `reads`.
+            training: is the pass one of a training step?
+
+        Returns:
+            the new tensor, and the buffers that change, by name.
+        """
+
+
+@dataclass(frozen=True)
+class QuantRequest:
+    """What another toolkit's quantizer is asked to do, on a copy of the model.
+
+    Attributes:
+        quantizer: a name of `Capabilities.native_quantizers`.
+        weight_bits, activation_bits: word lengths.
+        ignored: layer paths that stay in float.
+        options: the toolkit's own options, by its own names.
+    """
+
+    quantizer: str
+    weight_bits: int = 8
+    activation_bits: int = 8
+    ignored: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
 @runtime_checkable
 class Optimizer(Protocol):
     """A native optimizer behind a few calls."""
@@ -189,6 +280,36 @@ class Ops(Protocol):
     def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor: ...
     def transpose(self, x: Tensor, perm: Sequence[int]) -> Tensor: ...
     def concat(self, xs: Sequence[Tensor], axis: int) -> Tensor: ...
+    def extremes(self, x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
+        """Smallest and largest entry, of all or for each index of one axis, shape () or (channels,); no gradient."""
+
+    def fake_quant(
+        self,
+        x: Tensor,
+        step: Tensor,
+        zero_point: Tensor | None,
+        low: int,
+        high: int,
+        axis: int | None = None,
+        away: bool = False,
+    ) -> Tensor:
+        """(clip(round(x / step) + zero_point, low, high) - zero_point) * step, all in the dtype of `x`.
+
+        Exactly these operations, each rounded as IEEE 754 says: a true division, not a product with a reciprocal.
+
+        Args:
+            x: any shape.
+            step: positive, of the dtype of `x`, shape (), or (channels,) with `axis`.
+            zero_point: whole numbers, shape as `step`; None is 0. It gets no gradient.
+            low, high: smallest and largest integer.
+            axis: channel axis of `x`.
+            away: halves are rounded away from zero, not to even.
+
+        Its gradient, v = x / step: for x the gradient itself where low <= round(v) + zero_point <= high, else 0
+        (straight-through estimator, Bengio et al. 2013, clipped); for step, where it is differentiable, the sum over
+        all entries that share it of round(v) - v inside, low - zero_point below and high - zero_point above (Esser et
+        al. 2020, "Learned step size quantization", equation 3).
+        """
 
 
 @runtime_checkable
@@ -265,16 +386,61 @@ class Backend(Protocol):
         old number get the new one; ModelError where there is none.
         """
 
-    def insert_quant(self, model: Model, decision: QuantizeDecision) -> Model:
-        """Fake-quantize the first input of each layer of `decision.activations` from now on.
+    def insert_quant(self, model: Model, quants: Mapping[Site, FakeQuant]) -> Model:
+        """Pass these tensors through their fake quantizations from now on, in eval and training steps alike.
 
-        Weights are not touched: neutral code writes their dequantized values.
+        It replaces what an earlier call inserted, with its parameters; {} takes all out. What a fake quantization
+        keeps (`FakeQuant.parameters`, `buffers`) becomes a parameter or saved buffer of the site's layer, called
+        "<path>.quant_<side>_<name>" ("quant_<side><argument>_<call>_<name>" where the site names those): it is read,
+        written, cloned and trained like any other. A layer whose weight is a site computes with what the fake
+        quantization gives; `read` still gives the weight itself. `trace` sees the model without any of it.
+
+        Raises:
+            ModelError: a path does not exist, a layer has no weight, or a parameter to be read is unknown; the model
+                is then unchanged.
         """
 
-    def reduce(self, model: Model, inputs: Sequence[Array], layers: Sequence[str]) -> dict[str, dict[str, float]]:
-        """{"absmax", "min", "max"} of the first input of each layer over one batch, reduced on the device.
+    def hold_statistics(self, model: Model, hold: bool) -> Model:
+        """From now on BatchNorm layers normalise by their running statistics in training steps too, and keep them;
+        or no longer.
+        """
 
-        A layer that ran several times in the pass gives the extremes over its runs; one that did not run is absent.
+    def reduce(
+        self, model: Model, inputs: Sequence[Array], sites: Sequence[Site], histogram: bool = False
+    ) -> dict[Site, Statistics]:
+        """Statistics of tensors over one batch in eval mode, reduced on the device, before any fake quantization.
+
+        A site that names no call gives them over all calls of the pass; one that did not run is absent.
+        """
+
+    def native_quantize(
+        self, model: Model, request: QuantRequest, batches: Sequence[Sequence[Array]]
+    ) -> QuantizeDecision:
+        """Let another toolkit calibrate on the batches and decide, on a copy; the model is left as it was.
+
+        Raises:
+            BackendError: the quantizer is unknown (the message lists those there are), its toolkit is not installed,
+                it does not know an option, or it is known to be broken (the message says how).
+            ModelError: the toolkit failed, or quantized nothing.
+        """
+
+    def export(self, model: Model, inputs: Sequence[Array], folder: Path, form: str, decision: Any = None) -> None:
+        """Write the model in a form of `Capabilities.forms` into an empty folder.
+
+        "onnx_float" is `model.onnx`, float32, eval mode, no fake quantization, weights as initialisers or constants,
+        the batch axis free where the framework's exporter allows it. The other forms are the framework's own int8
+        forms, made from a `QuantizeDecision` whose folds and integer weights are in the model already.
+
+        Raises:
+            BackendError: the form is unknown, what it needs is not installed, or the decision cannot be expressed in
+                it; the message says what and why.
+            ModelError: the framework's exporter failed.
+        """
+
+    def load_exported(self, folder: Path, form: str, threads: int) -> Callable[[Sequence[Array]], list[Array]]:
+        """A function that runs what `export` wrote, from inputs to outputs, with that many threads.
+
+        "eager" is no exported form: see `forward`. BackendError as for `export`.
         """
 
     def native(self, model: Model, request: NativeRequest, inputs: Sequence[Array]) -> NativeResult:

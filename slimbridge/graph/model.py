@@ -11,7 +11,7 @@ constant        a buffer, literal, or a parameter used outside a convolution/lin
                 (no inputs; params {"value": name} when it is a parameter or a named buffer)
 conv            groups, transposed (False), stride, padding, dilation (tuples); params weight, bias?
 linear          acts on the last axis; params weight, bias?
-batch_norm      channel axis 1; params weight?, bias?, running_mean?, running_var?
+batch_norm      eps; channel axis 1; params weight?, bias?, running_mean?, running_var?
 layer_norm      axes (normalised axes); params weight?, bias?
 group_norm      groups; params weight?, bias?
 elementwise     op (e.g. "relu"); one activation in, same shape out; acts on each entry alone
@@ -75,6 +75,15 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call of a module: its path, and the tensors that it was given and that it returned, nested ones flattened."""
+
+    path: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Graph:
     """A traced model.
 
@@ -84,6 +93,8 @@ class Graph:
         inputs: tensor ids of the model's inputs.
         outputs: tensor ids of the model's outputs, nested outputs flattened in order.
         parameters: canonical name -> canonical shape, of all parameters and buffers of the model, used or not.
+        calls: the module calls, in the order in which they returned, leaves and containers alike but not the model
+            itself; a call is left out where a tensor of it is none of the graph's. Empty where they were not seen.
     """
 
     nodes: tuple[Node, ...]
@@ -91,6 +102,7 @@ class Graph:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     parameters: Mapping[str, tuple[int, ...]]
+    calls: tuple[Call, ...] = ()
 
     def layer_nodes(self) -> tuple[Node, ...]:
         """The convolution and linear nodes, in order; a layer that runs twice is there twice."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from slimbridge.plan.registry import Registry
-from slimbridge.ports import Array, Tensor
+from slimbridge.ports import Array, Statistics, Tensor
 
 Needs = Literal["weights", "gradients", "squared_gradients", "activations"]
 
@@ -92,14 +92,40 @@ Schedule = Callable[[float], float]
 """From the share of training done (0..1) to a factor of the learning rate."""
 
 
+@dataclass(frozen=True)
+class Scheme:
+    """How integers stand for reals, before any tensor was seen.
+
+    Attributes:
+        bits: word length, 2..8.
+        symmetric: 0 is in the middle of the grid, else the grid reaches from the smallest to the largest value.
+        weight: is it a weight's? Weights leave the lowest integer out, so that the grid is the same on both sides of 0.
+        definition: whose conventions, see `slimbridge.quantize.grid`.
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    weight: bool = False
+    definition: Literal["own", "paddle", "torch"] = "own"
+
+
 class Observer(Protocol):
-    """Collects the range of one tensor over calibration batches."""
+    """Collects the range of one tensor over calibration batches, and keeps a few numbers only.
 
-    def update(self, extremes: dict[str, float]) -> None:
-        """One batch's {"absmax", "min", "max"}."""
+    Attributes:
+        needs_histogram: does it look at `Statistics.histogram`?
+    """
 
-    def threshold(self) -> float:
-        """Largest magnitude to represent, real units; 0 before any update."""
+    needs_histogram: bool
+
+    def update(self, statistics: Statistics) -> None:
+        """One batch."""
+
+    def limits(self, scheme: Scheme) -> tuple[float, float]:
+        """Smallest and largest value to represent, real units, low <= high; (0, 0) before any update.
+
+        For a symmetric scheme the larger magnitude of the two counts.
+        """
 
 
 @dataclass(frozen=True)

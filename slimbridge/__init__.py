@@ -5,6 +5,8 @@
     compress(model, plan, ...)     run the plan -> Result (model, report, folder)
     restore(model, run_dir)        a fresh model and a run's folder -> the compressed model
     compare_runs(a, b, ...)        the parity of two runs -> Comparison
+    export(run_dir, forms)         int8 files that run elsewhere, each checked
+    bench(run_dir, ...)            their times in every runtime that is installed -> Deployment
     run_study(plan, vary, ...)     many runs of a plan with some of its values varied -> Study
 
 Nothing is imported before it is used; a framework only when a model of it is.
@@ -19,8 +21,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from slimbridge import zoo
+    from slimbridge.deployment import bench
     from slimbridge.discovery import backend_of, get_backend
     from slimbridge.errors import SlimbridgeError
+    from slimbridge.exports import export
     from slimbridge.plan import Plan, load_plan, shipped_plans
     from slimbridge.runner import Result, compare_runs, compress, restore
     from slimbridge.study import run_study
@@ -33,8 +37,10 @@ _HOMES = {
     "SlimbridgeError": "slimbridge.errors",
     "Split": "slimbridge.tasks",
     "backend_of": "slimbridge.discovery",
+    "bench": "slimbridge.deployment",
     "compare_runs": "slimbridge.runner",
     "compress": "slimbridge.runner",
+    "export": "slimbridge.exports",
     "get_backend": "slimbridge.discovery",
     "load_data": "slimbridge.tasks",
     "load_plan": "slimbridge.plan",
@@ -51,8 +57,10 @@ __all__ = [
     "Split",
     "__version__",
     "backend_of",
+    "bench",
     "compare_runs",
     "compress",
+    "export",
     "get_backend",
     "load_data",
     "load_plan",

@@ -148,6 +148,40 @@ def study(
     raise typer.Exit(0 if done else 1)
 
 
+Run = Annotated[Path, typer.Argument(help="A complete run's folder.")]
+
+
+@app.command()
+def export(
+    run: Run,
+    form: Annotated[
+        list[str] | None,
+        typer.Option(help="onnx, or a form of the framework's own; give it once for each. All if none."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's compressed model as files that run without its framework's training code, each checked."""
+    from slimbridge import console
+
+    console.export_run(run, form or [], as_json)
+
+
+@app.command()
+def bench(
+    run: Run,
+    threads: Annotated[int, typer.Option(help="Threads of each runtime.", min=1, max=1024)] = 1,
+    rounds: Annotated[int, typer.Option(help="Passes of each form, in turns.", min=1, max=100_000)] = 50,
+    as_json: Json = False,
+) -> None:
+    """Measure every exported form in every runtime that is installed, and show it in the run's report."""
+    import os
+
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)  # read when a framework is imported
+    from slimbridge import console
+
+    console.bench_run(run, threads, rounds, as_json)
+
+
 @app.command()
 def conformance(
     backend: Annotated[str, typer.Option(help="The backend to test.")],

@@ -234,6 +234,45 @@ def model_facts(name: str, backend: str, image_size: int | None) -> dict[str, An
     }
 
 
+def export_run(folder: Path, forms: list[str], as_json: bool) -> None:
+    """Export a run's model and print what came of each form."""
+    from slimbridge.exports import export
+    from slimbridge.report.figures import size
+
+    with bars() as shown:
+        done = export(folder, forms, progress=shown)
+    if as_json:
+        _emit([record.model_dump(mode="json") for record in done])
+        return
+    console = Console()
+    for record in done:
+        agreement = "" if record.agreement is None else f", largest output agrees in {record.agreement:.1%}"
+        console.print(
+            f"{record.form}: {folder / record.folder}, {size(record.size_bytes)}; outputs differ by "
+            f"{record.difference:.2g} (relative) from the model's on {record.samples} samples{agreement} "
+            f"({record.compared_in})",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        for note in record.notes:
+            console.print(f"  {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def bench_run(folder: Path, threads: int, rounds: int, as_json: bool) -> None:
+    """Measure a run's exports and print the table."""
+    from slimbridge.deployment import bench
+    from slimbridge.report.deploy_table import print_deployment
+
+    with bars() as shown:
+        found = bench(folder, threads=threads, rounds=rounds, progress=shown)
+    if as_json:
+        _emit(found.model_dump(mode="json"))
+        return
+    print_deployment(Console(), found, folder.name)
+    _where(folder)
+
+
 def replay_run(reference: Path, backend: str, output: Path) -> None:
     """Replay a run on another backend."""
     from slimbridge.replay import replay

@@ -148,6 +148,12 @@ class Site:
         call = f"#{self.call}" if self.call is not None else ""
         return f"{self.path}:{self.side}{argument}{call}"
 
+    def held(self, name: str) -> str:
+        """What a layer calls a parameter or buffer of this site's fake quantization: "quant_input_step"."""
+        call = f"_{self.call}" if self.call is not None else ""
+        argument = str(self.argument) if self.argument or call else ""
+        return f"quant_{self.side}{argument}{call}_{name}"
+
     @classmethod
     def parse(cls, text: str) -> Site:
         """From the key; RunError when it is none."""

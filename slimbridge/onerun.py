@@ -18,6 +18,7 @@ from slimbridge.files import locked
 from slimbridge.graph import cost_of
 from slimbridge.plan import BaselineSection, Plan
 from slimbridge.ports import Array, Backend, DType, Model
+from slimbridge.quantize.quantizer import insert
 from slimbridge.rehearse import EXAMPLE, first_inputs, rehearse
 from slimbridge.report.records import RunReport, StageRecord
 from slimbridge.resolve import build_model, plan_data, with_defaults
@@ -62,7 +63,7 @@ def change_form(backend: Backend, model: Model, decisions: Iterable[Decision]) -
         if isinstance(decision, PruneDecision):
             model = backend.remove_channels(model, decision)
         elif isinstance(decision, QuantizeDecision):
-            model = backend.insert_quant(model, decision)
+            model = insert(backend, model, decision)
     return model
 
 
@@ -204,6 +205,7 @@ class Run:
             metric_name=_metric_name(self.scene.metric),
             metric_is_share=self.scene.metric in metrics.METRICS.values(),
             stages=tuple(self.folder.record(name) for name in names),
+            deployment=self.folder.deployment(),
         )
 
 

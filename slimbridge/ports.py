@@ -43,7 +43,9 @@ class Capabilities:
         threads: threads that one operation may use on the CPU.
         native_engines: pruners of other toolkits reachable as `engine: native`, "<toolkit>.<pruner>".
         native_quantizers: likewise, quantizers.
-        forms: what `export` can write with what is installed, "onnx_float" and the framework's own.
+        forms: what `export` can write with what is installed: "onnx_float" and the framework's own; those that hold no
+            integers end in "_float".
+        runtimes: form -> name and version of the runtime that `load_exported` runs it in.
     """
 
     backend: str
@@ -54,6 +56,7 @@ class Capabilities:
     native_engines: tuple[str, ...] = ()
     native_quantizers: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
+    runtimes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,15 +183,20 @@ class Statistics(NamedTuple):
 class FakeQuant(Protocol):
     """The fake quantization of one tensor, written over `Ops`; a backend calls it where the tensor is.
 
-    Attributes:
-        parameters: name -> initial value, of what is trained with the model.
-        buffers: name -> initial value, of what is kept beside it and saved with it.
-        reads: name -> canonical name of a parameter or buffer of the model that it looks at.
+    A backend keeps the object that it is given; only `Backend.clone` copies it.
     """
 
-    parameters: Mapping[str, Array]
-    buffers: Mapping[str, Array]
-    reads: Mapping[str, str]
+    @property
+    def parameters(self) -> Mapping[str, Array]:
+        """Name -> initial value, of what is trained with the model."""
+
+    @property
+    def buffers(self) -> Mapping[str, Array]:
+        """Name -> initial value, of what is kept beside it and saved with it."""
+
+    @property
+    def reads(self) -> Mapping[str, str]:
+        """Name -> canonical name of a parameter or buffer of the model that it looks at."""
 
     def __call__(
         self, ops: Ops, x: Tensor, state: Mapping[str, Tensor], training: bool
@@ -259,6 +267,9 @@ class Ops(Protocol):
     def shape(self, x: Tensor) -> tuple[int, ...]: ...
     def stop_gradient(self, x: Tensor) -> Tensor: ...
     def cast(self, x: Tensor, like: Tensor) -> Tensor: ...
+    def constant(self, array: Array, like: Tensor) -> Tensor:
+        """A tensor of an array of numbers, in the dtype and on the device of `like`; no gradient."""
+
     def sum(self, x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor: ...
     def mean(self, x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor: ...
     def max(self, x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor: ...

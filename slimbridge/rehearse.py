@@ -22,7 +22,7 @@ from slimbridge.prune.evidence import Evidence
 from slimbridge.prune.native import native_masks
 from slimbridge.prune.penalties import penalty
 from slimbridge.prune.sparsifier import Sparsifier, masks_in_force
-from slimbridge.quantize import Quantizer
+from slimbridge.quantize_stage import rehearse_quantize
 from slimbridge.tasks import Data, Split, batches
 from slimbridge.tasks.data import check_classes
 from slimbridge.weights import load_weights
@@ -121,7 +121,7 @@ class Rehearsal:
                 masked = self.attempt(where, partial(self._sparsify, stage, student, example))
                 self.decisions.extend([masked] if masked is not None else [])
             elif isinstance(stage, QuantizeStage):
-                self.attempt(where, partial(Quantizer(stage).chosen, backend.layers(student)))
+                self.attempt(where, partial(rehearse_quantize, backend, student, stage, example))
             elif isinstance(stage, DistillStage):
                 self._distill(where, stage, student, model, example)
             self.shapes.append({name: array.shape for name, array in backend.read(student).items()})

@@ -26,11 +26,13 @@ from slimbridge.ports import Backend, Model
 from slimbridge.prune import Pruner
 from slimbridge.prune.sparsifier import masks_in_force
 from slimbridge.prune_stages import basis_for, decide_masks, replayable
-from slimbridge.quantize import integer_weights
+from slimbridge.quantize.fold import fold_weights
+from slimbridge.quantize.quantizer import integer_weights
+from slimbridge.quantize_stage import decide_grids
 from slimbridge.rehearse import EXAMPLE, first_inputs
 from slimbridge.resolve import build_model, plan_data
 from slimbridge.runfolder import RunFolder, save_probe, stage_names
-from slimbridge.stages import Scene, calibration_inputs, decide_grids
+from slimbridge.stages import Scene, calibration_inputs
 from slimbridge.tasks import Data, Split, metrics
 from slimbridge.train import Progress, Quiet, outputs_of
 from slimbridge.weights import digest_of, save_weights
@@ -132,7 +134,8 @@ class _Replay:
             write_file(here / "decision.json", decision_to_json(decision))
         if isinstance(decision, QuantizeDecision):
             before = self.folder.weights(names[index - 1])
-            save_weights(here / "integers.safetensors", integer_weights(decision, before))
+            folded = {**before, **fold_weights(before, decision.folds)}
+            save_weights(here / "integers.safetensors", integer_weights(decision, folded))
         model = self._model(name)
         inputs = probe_inputs(self.backend, self.data, self.plan.seed)
         save_probe(here, outputs_of(self.backend, model, inputs), digest_of_inputs(inputs))
@@ -143,13 +146,19 @@ class _Replay:
         if isinstance(stage, (PruneStage, SparsifyStage)):
             return self._prune(index, stage, model) if self._repeatable(stage) else None
         if isinstance(stage, QuantizeStage):
-            inputs = calibration_inputs(self.backend, self.data, self.plan.seed, stage)
-            return decide_grids(self.backend, model, stage, inputs)
+            return self._quantize(stage, model)
         if isinstance(stage, DistillStage) and stage.teacher.model == "baseline":
             teacher = self._model("00-baseline")
             digest = digest_of(self.backend.read(teacher))
             return Distiller(stage).decide(self.backend, model, teacher, digest, self.example)
         return None
+
+    def _quantize(self, stage: QuantizeStage, model: Model) -> Decision | None:
+        """None where training or another toolkit decided."""
+        if stage.qat is not None or stage.engine == "native":
+            return None
+        inputs = calibration_inputs(self.backend, self.data, self.plan.seed, stage)
+        return decide_grids(self.backend, model, stage, self.example, inputs)
 
     def _repeatable(self, stage: PruneStage | SparsifyStage) -> bool:
         """Not where the decision rests on what is not in the run's folder: a training, times, a user's loss."""

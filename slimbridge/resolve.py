@@ -13,7 +13,7 @@ from slimbridge.plan.registries import ENTRY_IMPORTANCES, IMPORTANCES, LOSSES, O
 from slimbridge.ports import Backend, Model
 from slimbridge.prune.presets import Definition
 from slimbridge.prune.sparsifier import Sparsifier
-from slimbridge.quantize import Quantizer
+from slimbridge.quantize.quantizer import new_observer
 from slimbridge.tasks import DATA_SETS, Data, load_data
 
 
@@ -39,9 +39,9 @@ def with_defaults(plan: Plan) -> Plan:
 
 
 def _stage(stage: Any) -> Any:
-    if isinstance(stage, QuantizeStage):
+    if isinstance(stage, QuantizeStage) and stage.engine == "own":
         defaults = _defaults(OBSERVERS.get(stage.observer))
-        Quantizer(stage).new_observer()  # refuses options that the observer does not have, before anything runs
+        new_observer(stage)  # refuses options that the observer does not have, before anything runs
         return stage.model_copy(update={"observer_options": {**defaults, **stage.observer_options}})
     if isinstance(stage, PruneStage):
         return _pruning(stage)

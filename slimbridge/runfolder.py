@@ -11,6 +11,8 @@
     checkpoint-01-prune.safetensors    of the training that is under way
     under-way/           what else the stage under way keeps: measured sensitivity curves, a choice by measured times
     report.json          once all stages are done
+    exports/             one folder for each exported form, baseline/ for those of the baseline
+    bench.json           times of the exported forms
 
 A stage's folder appears at once, by renaming, when the stage is complete.
 """
@@ -34,6 +36,7 @@ from slimbridge.errors import RunError
 from slimbridge.files import locked, make_folder, write_file
 from slimbridge.plan import Plan, load_plan, plan_to_yaml
 from slimbridge.ports import Array, Backend, Model
+from slimbridge.report.deploy_records import Deployment
 from slimbridge.report.records import RunReport, StageRecord
 from slimbridge.weights import digest_of, load_stored, load_weights, save_weights
 
@@ -291,6 +294,20 @@ class RunFolder:
         shapes = {key: tuple(array.shape) for key, array in self.weights(name).items()}
         costs = {"parameters": record.parameters, "macs": record.macs, "latency": record.latency.median_ms}
         return shapes, costs
+
+    def deployment(self) -> Deployment | None:
+        """What was measured of the exported forms, None before; RunError when bench.json is damaged."""
+        path = self.path / "bench.json"
+        if not path.exists():
+            return None
+        try:
+            return Deployment.model_validate_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+
+    def write_deployment(self, deployment: Deployment) -> None:
+        """Write bench.json."""
+        write_file(self.path / "bench.json", deployment.model_dump_json(indent=1))
 
     def write_report(self, report: RunReport) -> None:
         """Write report.json."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from slimbridge.curves import Sensitivity
-from slimbridge.decisions import Decision, QuantizeDecision, Skipped
+from slimbridge.decisions import Decision, Skipped
 from slimbridge.distill import Distiller, hard_labels, terms
 from slimbridge.errors import listed
 from slimbridge.plan import (
@@ -24,7 +24,6 @@ from slimbridge.plan import (
 )
 from slimbridge.ports import Array, Backend, Loss, Model, Pass, tensors_in
 from slimbridge.prune.sparsifier import masks_in_force
-from slimbridge.quantize import Quantizer
 from slimbridge.report.records import EpochRecord
 from slimbridge.resolve import zoo_model
 from slimbridge.tasks import Data, Split, batches, epoch_order
@@ -84,13 +83,14 @@ class Outcome:
 def run_stage(scene: Scene, name: str, stage: Any, model: Model) -> Outcome:
     """Carry out one stage on a model, which may be changed in place."""
     from slimbridge.prune_stages import prune_stage, sparsify_stage  # they are made of what is here
+    from slimbridge.quantize_stage import quantize_stage
 
     runners: dict[type, Callable[[Scene, str, Any, Model], Outcome]] = {
         BaselineSection: _baseline,
         PruneStage: prune_stage,
         SparsifyStage: sparsify_stage,
         DistillStage: _distill,
-        QuantizeStage: _quantize,
+        QuantizeStage: quantize_stage,
         FinetuneStage: _finetune,
     }
     return runners[type(stage)](scene, name, stage, model)
@@ -176,39 +176,6 @@ def calibration(backend: Backend, data: Data, seed: int, stage: Calibrated) -> l
 def calibration_inputs(backend: Backend, data: Data, seed: int, stage: Calibrated) -> list[tuple[Array, ...]]:
     """Their inputs."""
     return [inputs for inputs, _ in calibration(backend, data, seed, stage)]
-
-
-def _quantize(scene: Scene, name: str, stage: QuantizeStage, model: Model) -> Outcome:
-    backend, layers = scene.backend, scene.backend.layers(model)
-    inputs = calibration_inputs(backend, scene.data, scene.plan.seed, stage)
-    scene.progress.start(f"{name}: calibrating", len(inputs))
-    decision = decide_grids(backend, model, stage, _told(inputs, scene.progress))
-    model = Quantizer(stage).apply(backend, model, decision)
-    return Outcome(model, decision, notes=_quantize_notes(decision, layers, len(inputs)))
-
-
-def decide_grids(
-    backend: Backend, model: Model, stage: QuantizeStage, inputs: Iterable[tuple[Array, ...]]
-) -> QuantizeDecision:
-    """Observe the calibration inputs and decide, for a run and for its replay alike."""
-    quantizer, layers = Quantizer(stage), backend.layers(model)
-    thresholds = quantizer.observe(backend, model, quantizer.chosen(layers)[0], inputs)
-    return quantizer.decide(layers, backend.read(model), thresholds)
-
-
-def _told(items: list[tuple[Array, ...]], progress: Progress) -> Any:
-    for item in items:
-        yield item
-        progress.step()
-
-
-def _quantize_notes(decision: QuantizeDecision, layers: Any, found: int) -> tuple[str, ...]:
-    candidates = sum(layer.kind in ("conv", "linear") for layer in layers)
-    line = (
-        f"{len(decision.weights)} of {candidates} convolution and linear layers quantized, {found} calibration batches"
-    )
-    speed = "int8 is simulated: weights are stored as int8, the model computes in float and is not faster"
-    return (line, speed, *skipped_notes(decision.skipped))
 
 
 def on_labels(scene: Scene, model: Model) -> Objective:

@@ -65,6 +65,8 @@ _SECTIONS = {
     "teacher": "TeacherSection",
     "losses": "LossSection",
     "stage quantize": "QuantizeStage",
+    "qat": "QatSection",
+    "native, of quantize": "NativeQuantizeSection",
     "stage finetune": "FinetuneStage",
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -192,6 +193,13 @@ def paddleslim_pruning() -> Iterator[Any]:
 
 
 @contextmanager
+def paddleslim_observers() -> Iterator[Any]:
+    """The module `paddleslim.quant.observers`, quiet; imported here and nowhere else, as `paddleslim_pruning` is."""
+    with quiet_paddleslim():
+        yield import_module("paddleslim.quant.observers")
+
+
+@contextmanager
 def quiet_paddleslim() -> Iterator[None]:
     """No output of PaddleSlim 2.6.0: it prints, logs at INFO and WARNING, and imports what warns of its own age."""
     before = logging.root.manager.disable
@@ -252,3 +260,40 @@ def numpy_product() -> Iterator[None]:
     finally:
         if missing:
             del np.product  # type: ignore[attr-defined]
+
+
+TO_ONNX = """
+import sys
+import paddle2onnx
+saved, target, opset = sys.argv[1:]
+paddle2onnx.export(
+    saved + ".json", saved + ".pdiparams", target, opset_version=int(opset), optimize_tool="none"
+)
+"""
+"""What a process of its own runs to write ONNX: saved program without suffix, target, opset.
+
+paddle2onnx 2.1.0 with Paddle 3.3 ends its whole process on operations that it does not know. Its default optimizer
+installs packages from the network while it runs, and is never used; the graph is not worse for it.
+"""
+
+
+@contextmanager
+def quiet_descriptors() -> Iterator[None]:
+    """Nothing reaches the terminal, from compiled code either.
+
+    Paddle Inference 3.3 prints what its oneDNN passes did straight to the standard output; neither
+    `Config.disable_glog_info` nor GLOG_minloglevel stops it. What other threads write in the meantime is lost too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    saved = [os.dup(descriptor) for descriptor in (1, 2)]
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for descriptor in (1, 2):
+            os.dup2(sink, descriptor)
+        yield
+    finally:
+        for descriptor, kept in zip((1, 2), saved, strict=True):
+            os.dup2(kept, descriptor)
+            os.close(kept)
+        os.close(sink)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from pickle import PickleError
 from typing import Any
 
 import paddle
 
-from slimbridge.decisions import PruneDecision, QuantizeDecision
+from slimbridge.decisions import PruneDecision, QuantizeDecision, Site
 from slimbridge.errors import BackendError, ModelError, listed
 from slimbridge.graph import Graph
 from slimbridge.ports import (
@@ -18,6 +19,7 @@ from slimbridge.ports import (
     Capabilities,
     Device,
     DType,
+    FakeQuant,
     Layer,
     Loss,
     Model,
@@ -27,9 +29,24 @@ from slimbridge.ports import (
     Optimizer,
     OptimizerSettings,
     Pass,
+    QuantRequest,
+    Statistics,
     Tensor,
 )
-from slimbridge_paddle import names, native, quant, run, surgery, tensors, trace, train
+from slimbridge_paddle import (
+    export,
+    inference,
+    names,
+    native,
+    native_quant,
+    quant,
+    reduce,
+    run,
+    surgery,
+    tensors,
+    trace,
+    train,
+)
 from slimbridge_paddle.nn import Namespace
 from slimbridge_paddle.ops import PaddleOps
 
@@ -52,6 +69,8 @@ class PaddleBackend:
             devices=tensors.devices(),
             threads=int(paddle.get_flags([flag])[flag]),
             native_engines=native.engines(),
+            native_quantizers=native_quant.quantizers(),
+            forms=export.forms(),
         )
 
     def owns(self, model: object) -> bool:
@@ -140,18 +159,39 @@ class PaddleBackend:
         surgery.remove_channels(model, decision, optimizer)
         return model
 
-    def insert_quant(self, model: Model, decision: QuantizeDecision) -> Model:
-        """Fake-quantize layer inputs from now on."""
-        quant.insert_quant(model, decision)
+    def insert_quant(self, model: Model, quants: Mapping[Site, FakeQuant]) -> Model:
+        """Fake-quantize these tensors from now on."""
+        quant.insert_quant(model, quants)
         return model
 
-    def reduce(self, model: Model, inputs: Sequence[Array], layers: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Extremes of layer inputs over one eval pass."""
-        return quant.reduce_inputs(model, inputs, layers)
+    def hold_statistics(self, model: Model, hold: bool) -> Model:
+        """BatchNorm layers keep and use their running statistics in training steps."""
+        quant.hold_statistics(model, hold)
+        return model
+
+    def reduce(
+        self, model: Model, inputs: Sequence[Array], sites: Sequence[Site], histogram: bool = False
+    ) -> dict[Site, Statistics]:
+        """Statistics of tensors over one eval pass."""
+        return reduce.reduce(model, inputs, sites, histogram)
 
     def native(self, model: Model, request: NativeRequest, inputs: Sequence[Array]) -> NativeResult:
         """Let a pruner of PaddleSlim choose, on a copy."""
         return native.choose(self.clone(model), request, inputs)
+
+    def native_quantize(
+        self, model: Model, request: QuantRequest, batches: Sequence[Sequence[Array]]
+    ) -> QuantizeDecision:
+        """Let an observer of PaddleSlim decide, on a copy."""
+        return native_quant.decide(self.clone(model), request, batches)
+
+    def export(self, model: Model, inputs: Sequence[Array], folder: Path, form: str, decision: Any = None) -> None:
+        """Write ONNX in float, or a program of Paddle Inference."""
+        export.export(self.clone(model), inputs, folder, form, decision)
+
+    def load_exported(self, folder: Path, form: str, threads: int) -> Callable[[Sequence[Array]], list[Array]]:
+        """A program of Paddle Inference, run by oneDNN."""
+        return inference.load(folder, form, threads)
 
 
 def _version(distribution: str) -> str | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 import paddle
@@ -18,6 +18,8 @@ from slimbridge_paddle.names import walk
 from slimbridge_paddle.quant import remove_quant
 from slimbridge_paddle.tensors import check_list, model_dtype
 
+LayerCall: TypeAlias = tuple[str, list[Any], list[Any]]
+
 
 @dataclass(frozen=True)
 class Program:
@@ -29,6 +31,8 @@ class Program:
         outputs: the values (or tensors) of its outputs, flattened.
         tensors: id of a parameter's value -> the parameter or buffer.
         paths: id of an operation -> path of the layer that runs what follows it.
+        calls: path, inputs and outputs of each layer's call, in the order of return; None stands for a tensor that
+            is no value of the program. Empty where the source was translated.
     """
 
     program: Any
@@ -36,6 +40,7 @@ class Program:
     outputs: tuple[Any, ...]
     tensors: dict[str, Any]
     paths: dict[int, str]
+    calls: Sequence[LayerCall] = ()
 
 
 def capture(model: Any, inputs: Sequence[Array]) -> Program:
@@ -113,44 +118,60 @@ def _containers(layer: Any) -> list[tuple[Any, Any]]:
     return [(value, value.copy()) for value in layer.__dict__.values() if isinstance(value, (dict, list, set))]
 
 
-def _record(model: Any) -> dict[int, str]:
-    """Note, as the layers run, whose turn it is after each operation. The caller removes the hooks."""
-    paths: dict[int, str] = {}
-    stack: list[str] = []
+@dataclass
+class _Record:
+    """Whose turn it is after each operation, and the calls of layers, noted as the layers run.
 
-    def mark() -> None:
+    Attributes:
+        paths, calls: of `Program`.
+        stack: the layers that run now, with their inputs.
+    """
+
+    paths: dict[int, str] = field(default_factory=dict)
+    calls: list[LayerCall] = field(default_factory=list)
+    stack: list[tuple[str, list[Any]]] = field(default_factory=list)
+
+    def watch(self, model: Any) -> None:
+        """Register the hooks; the caller removes them."""
+        seen: set[int] = set()
+        for path, layer in walk(model):
+            if id(layer) not in seen:
+                seen.add(id(layer))
+                layer.register_forward_pre_hook(self._enter(path), prepend=True, with_kwargs=True)
+                layer.register_forward_post_hook(self._leave)
+
+    def _mark(self) -> None:
         block = paddle.static.default_main_program().global_block()
-        paths[block.back().id()] = stack[-1] if stack else ""
+        self.paths[block.back().id()] = self.stack[-1][0] if self.stack else ""
 
-    def enter(path: str) -> Callable[..., None]:
-        def hook(layer: Any, args: Any) -> None:
-            stack.append(path)
-            mark()
+    def _enter(self, path: str) -> Callable[..., None]:
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.stack.append((path, _values((args, kwargs))))
+            self._mark()
 
         return hook
 
-    def leave(layer: Any, args: Any, output: Any) -> None:
-        stack.pop()
-        mark()
+    def _leave(self, layer: Any, args: Any, output: Any) -> None:
+        path, given = self.stack.pop()
+        if path:
+            self.calls.append((path, given, _values(output)))
+        self._mark()
 
-    seen: set[int] = set()
-    for path, layer in walk(model):
-        if id(layer) not in seen:
-            seen.add(id(layer))
-            layer.register_forward_pre_hook(enter(path), prepend=True)
-            layer.register_forward_post_hook(leave)
-    return paths
+
+def _values(item: Any) -> list[Any]:
+    return [value if isinstance(value, paddle.pir.Value) else None for value in tensors_in(item)]
 
 
 @switch_to_static_graph
 def _direct(model: Any, specs: Sequence[tuple[list[int], str]]) -> Program:
-    paths = _record(model)
+    record = _Record()
+    record.watch(model)
     program, startup = paddle.static.Program(), paddle.static.Program()
     guard = paddle.static.program_guard(program, startup)
     with quiet_capture(), no_call_stacks(), guard, graph_tracing_guard(program) as context:
         inputs = tuple(paddle.static.data(f"input_{i}", shape, dtype) for i, (shape, dtype) in enumerate(specs))
         outputs = tuple(tensors_in(model(*inputs)))
-    return Program(program, inputs, outputs, _tensors(context.get_params_with_values()), paths)
+    return Program(program, inputs, outputs, _tensors(context.get_params_with_values()), record.paths, record.calls)
 
 
 class _Caller(paddle.nn.Layer):
@@ -166,14 +187,15 @@ class _Caller(paddle.nn.Layer):
 
 
 def _translated(model: Any, specs: Sequence[tuple[list[int], str]]) -> Program:
-    paths = _record(model)
+    record = _Record()
+    record.watch(model)
     caller = _Caller(model)
     caller.eval()
     spec = [paddle.static.InputSpec(shape, dtype) for shape, dtype in specs]
     concrete = paddle.jit.to_static(caller, input_spec=[spec], full_graph=True).forward.concrete_program
     inputs = tuple(value for value in tensors_in(list(concrete.inputs)) if isinstance(value, paddle.pir.Value))
     outputs = tuple(tensors_in(concrete.outputs))
-    return Program(concrete.main_program, inputs, outputs, _tensors(concrete.parameters), paths)
+    return Program(concrete.main_program, inputs, outputs, _tensors(concrete.parameters), record.paths)
 
 
 def _tensors(pairs: Any) -> dict[str, Any]:

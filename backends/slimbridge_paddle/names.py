@@ -41,6 +41,7 @@ class Entry:
         path: the path of the layer that owns it.
         tensor: the native tensor.
         transposed: the canonical layout is the transpose of the stored one.
+        owner, attribute: the layer that owns it, and its name there.
     """
 
     name: str
@@ -48,6 +49,13 @@ class Entry:
     path: str
     tensor: Any
     transposed: bool
+    owner: Any
+    attribute: str
+
+    @property
+    def inserted(self) -> bool:
+        """Is it kept by a fake quantization, and no part of the model itself?"""
+        return self.attribute in inserted(self.owner)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,6 +80,11 @@ class Entry:
     def read(self) -> Array:
         """A copy in canonical layout."""
         return self.canonical(copied(self.tensor))
+
+
+def inserted(layer: Any) -> frozenset[str]:
+    """The attributes of a layer that hold what its fake quantizations keep; their wrapper of its forward knows them."""
+    return frozenset(getattr(layer.__dict__.get("forward"), "registered", ()))
 
 
 def walk(layer: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,7 +122,7 @@ def _own(layer: Any) -> list[tuple[str, Any]]:
 def _entry(path: str, layer: Any, attribute: str, tensor: Any) -> Entry:
     role = _STATISTICS.get(attribute, attribute) if isinstance(layer, BATCH_NORMS) else attribute
     transposed = isinstance(layer, paddle.nn.Linear) and attribute == "weight" and len(tensor.shape) == 2
-    return Entry(f"{path}.{role}" if path else role, role, path, tensor, transposed)
+    return Entry(f"{path}.{role}" if path else role, role, path, tensor, transposed, layer, attribute)
 
 
 def layers(model: Any) -> tuple[Layer, ...]:
@@ -117,7 +130,8 @@ def layers(model: Any) -> tuple[Layer, ...]:
     names = {id(entry.tensor): entry for entry in entries(model)}
     found = []
     for path, layer in model.named_sublayers(include_self=True):
-        roles = {_entry(path, layer, name, tensor).role: names[id(tensor)].name for name, tensor in _own(layer)}
+        own = [(name, tensor) for name, tensor in _own(layer) if name not in inserted(layer)]
+        roles = {_entry(path, layer, name, tensor).role: names[id(tensor)].name for name, tensor in own}
         if roles:
             found.append(Layer(path, _kind(layer), roles))
     return tuple(found)

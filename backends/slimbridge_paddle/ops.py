@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import numpy as np
 import paddle
 
 from slimbridge.ports import Array, Tensor
 from slimbridge_paddle._compat import round_half_even
-from slimbridge_paddle.tensors import copied, place_of
+from slimbridge_paddle.fake_quant import Grid, extremes, fake_quant
+from slimbridge_paddle.tensors import copied, dtype_name, place_of
 
 Axis: TypeAlias = int | tuple[int, ...] | None
 
@@ -32,6 +34,10 @@ class PaddleOps:
     def cast(self, x: Tensor, like: Tensor) -> Tensor:
         """To the dtype and device of `like`."""
         return x.astype(like.dtype) if x.place == like.place else paddle.to_tensor(x, like.dtype, place_of(like))
+
+    def constant(self, array: Array, like: Tensor) -> Tensor:
+        """A tensor of an array, in the dtype and on the device of `like`."""
+        return paddle.to_tensor(np.asarray(array, dtype_name(like)), place=place_of(like))
 
     def sum(self, x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Sum over axes."""
@@ -100,3 +106,21 @@ class PaddleOps:
     def concat(self, xs: Sequence[Tensor], axis: int) -> Tensor:
         """Tensors joined along an axis."""
         return paddle.concat(list(xs), axis=axis)
+
+    def extremes(self, x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
+        """Smallest and largest entry, of all or for each index of one axis."""
+        return extremes(x, axis)
+
+    def fake_quant(
+        self,
+        x: Tensor,
+        step: Tensor,
+        zero_point: Tensor | None,
+        low: int,
+        high: int,
+        axis: int | None = None,
+        away: bool = False,
+    ) -> Tensor:
+        """The nearest value of the grid; see the port for the formula and its gradients."""
+        zero = None if zero_point is None else zero_point.detach().astype(x.dtype)
+        return fake_quant(x, step, Grid(low, high, axis, away, zero))

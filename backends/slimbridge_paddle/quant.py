@@ -1,128 +1,285 @@
-"""Fake quantization of layer inputs, and statistics of them, through forward pre-hooks."""
+"""Fake quantization where a layer's tensors are: its forward is wrapped, its keepings are registered on it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import numpy as np
 import paddle
-from paddle.autograd import PyLayer
 
-from slimbridge.decisions import QuantizeDecision, QuantParams
-from slimbridge.errors import ModelError
-from slimbridge_paddle._compat import round_half_even
-from slimbridge_paddle.names import find_layers
-from slimbridge_paddle.run import hooked, mode, run
-from slimbridge_paddle.tensors import dtype_name, place_of
+from slimbridge.decisions import Site
+from slimbridge.errors import ModelError, nearest
+from slimbridge.ports import FakeQuant
+from slimbridge_paddle.names import BATCH_NORMS, Entry, every_name, find_layers
+from slimbridge_paddle.ops import PaddleOps
+from slimbridge_paddle.tensors import assign, dtype_name, model_dtype, model_place, native, replace_data
 
-Tensor = Any
+Tensor: TypeAlias = Any
+Where: TypeAlias = tuple[Any, str]
+"""A layer and the attribute that holds a tensor; a copied model's own ones in the copy."""
 
-
-class _Snap(PyLayer):
-    """The grid value of each entry; the gradient goes through as if nothing had happened (straight-through)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, params: QuantParams) -> Tensor:
-        integer = paddle.clip(round_half_even(paddle.divide(x, step)) + params.zero_point, params.low, params.high)
-        return (integer - params.zero_point) * step
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+_OPS = PaddleOps()
+_HELD = "_slimbridge_held"
 
 
-class FakeQuant:
-    """Rounds a layer's first input to the grid: clip(round(x / step) + zero_point, low, high), and back.
-
-    Half goes to even; all is computed in the input's dtype. A copied model carries its own copy.
+class Inserted:
+    """One fake quantization at its site.
 
     Args:
-        params: the grid; `step` has one number, or one for each index of `axis`.
-        where: what the messages start with.
+        site: the tensor.
+        quant: what to do to it.
+        own: name of `quant.parameters` and `buffers` -> where it is kept.
+        reads: name of `quant.reads` -> where the model keeps it, and is it transposed?
     """
 
-    def __init__(self, params: QuantParams, where: str) -> None:
-        """Raise ModelError for a grid that is not usable."""
-        if any(not math.isfinite(step) or step <= 0 for step in params.step):
-            raise ModelError(f"{where}: each step must be positive and finite, found {min(params.step)}")
-        if params.axis is None and len(params.step) != 1:
-            raise ModelError(f"{where}: {len(params.step)} steps without an axis; one is allowed")
-        if not params.low <= params.zero_point <= params.high:
-            raise ModelError(f"{where}: zero_point {params.zero_point} is outside {params.low}..{params.high}")
-        self.params = params
-        self.where = where
+    def __init__(
+        self, site: Site, quant: FakeQuant, own: Mapping[str, Where], reads: Mapping[str, tuple[Any, str, bool]]
+    ) -> None:
+        self.site, self.quant, self.own, self.reads = site, quant, own, reads
 
-    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward pre-hook: arguments with the first tensor replaced."""
-        if args:
-            return (self.quantize(args[0]), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: self.quantize(kwargs[name])}
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        """The tensor on its grid; what the fake quantization keeps is brought up to date in a training step."""
+        state = {name: _stored(*where) for name, where in self.own.items()}
+        if training:  # a backward pass may need the old values
+            state.update({name: state[name].clone() for name in self.quant.buffers})
+        for name, (layer, attribute, transposed) in self.reads.items():
+            tensor = _stored(layer, attribute)
+            state[name] = paddle.transpose(tensor, [1, 0]) if transposed else tensor
+        made, changed = self.quant(_OPS, x, state, training)
+        if training:
+            for name, value in changed.items():
+                kept = _stored(*self.own[name])
+                replace_data(kept, value.detach().astype(kept.dtype).reshape(kept.shape).clone())
+        return made
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """The grid values of a floating tensor, any shape."""
-        return _Snap.apply(x, self._step(x), self.params)
 
-    def _step(self, x: Tensor) -> Tensor:
-        # A tensor, not a number: Paddle divides by a number as a multiplication with its reciprocal.
-        steps = np.array(self.params.step, dtype_name(x))
-        axis = self.params.axis
-        shape = [1] * len(x.shape)
-        if axis is not None:
-            if int(x.shape[axis]) != len(steps):
-                raise ModelError(f"{self.where}: {len(steps)} steps for {int(x.shape[axis])} channels")
-            shape[axis] = len(steps)
-        return paddle.to_tensor(steps.reshape(shape), place=place_of(x))
+def _stored(layer: Any, attribute: str) -> Tensor:
+    """A parameter or buffer itself, whatever a fake quantization puts in front of it."""
+    return layer._parameters[attribute] if attribute in layer._parameters else layer._buffers[attribute]
+
+
+class Session:
+    """What is inserted in a model: the model's pre-hook, which starts a pass.
+
+    Attributes:
+        training: is the pass one of a training step?
+        forwards: the wrapped layers.
+    """
+
+    def __init__(self) -> None:
+        self.training = False
+        self.forwards: list[Forward] = []
+
+    def __call__(self, layer: Any, args: Any) -> None:
+        """Count the calls of each layer from 0; an earlier pass may have ended anywhere."""
+        for forward in self.forwards:
+            forward.calls = 0
+
+
+class Forward:
+    """A layer's forward between fake quantizations.
+
+    Attributes:
+        layer: the wrapped layer.
+        inner: an instance's own forward, None for that of its class.
+        registered: attributes of the layer that hold what the fake quantizations keep.
+        calls: of the layer so far, in this pass.
+        taps: are shown the output before it is quantized.
+    """
+
+    def __init__(self, layer: Any, session: Session) -> None:
+        self.layer, self.session = layer, session
+        self.inner = layer.__dict__.get("forward")
+        self.sites: list[Inserted] = []
+        self.registered: set[str] = set()
+        self.calls = 0
+        self.taps: list[Callable[[Any], None]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward on quantized tensors."""
+        call, self.calls = self.calls, self.calls + 1
+        args, kwargs = self._quantized((args, kwargs), "input", call)
+        weight = self._weight(call)
+        if weight is not None:
+            self.layer.__dict__["weight"] = weight  # found before the parameter
+        try:
+            if self.inner is None:
+                output = type(self.layer).forward(self.layer, *args, **kwargs)
+            else:
+                output = self.inner(*args, **kwargs)
+        finally:
+            self.layer.__dict__.pop("weight", None)
+        for tap in self.taps:
+            tap(output)
+        return self._quantized(output, "output", call)
+
+    def _chosen(self, side: str, call: int) -> list[Inserted]:
+        return [one for one in self.sites if one.site.side == side and one.site.call in (None, call)]
+
+    def _weight(self, call: int) -> Tensor | None:
+        """The quantized weight, None where it is none of the sites."""
+        weight: Tensor | None = None
+        for one in self._chosen("weight", call):
+            flip = isinstance(self.layer, paddle.nn.Linear)
+            given = self.layer._parameters["weight"] if weight is None else weight
+            weight = one(paddle.transpose(given, [1, 0]) if flip else given, self.session.training)
+            weight = paddle.transpose(weight, [1, 0]) if flip else weight
+        return weight
+
+    def _quantized(self, value: Any, side: str, call: int) -> Any:
+        chosen = self._chosen(side, call)
+        if not chosen:
+            return value
+        count = 0
+
+        def change(tensor: Tensor) -> Tensor:
+            nonlocal count
+            for one in chosen:
+                if one.site.argument == count:
+                    tensor = one(tensor, self.session.training)
+            count += 1
+            return tensor
+
+        made = changed(value, change)
+        for one in chosen:
+            if one.site.argument >= count:
+                raise ModelError(f"quantize '{one.site}': call {call} of the layer has {count} {side} tensors")
+        return made
+
+
+def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested lists, tuples and dicts with each tensor changed, in order."""
+    if isinstance(value, paddle.Tensor):
+        return change(value)
+    kind: Any = type(value)
+    if isinstance(value, Mapping):
+        return kind({key: changed(item, change) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        items = [changed(item, change) for item in value]
+        return kind(*items) if hasattr(value, "_fields") else kind(items)
+    return value
+
+
+def wrapped(layer: Any) -> Forward | None:
+    """The layer's wrapper, None where nothing is inserted."""
+    found = layer.__dict__.get("forward")
+    return found if isinstance(found, Forward) else None
+
+
+@contextmanager
+def training_pass(model: Any, train: bool = True) -> Iterator[None]:
+    """The passes inside are those of a training step."""
+    sessions = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Session)]
+    for session in sessions:
+        session.training = train
+    try:
+        yield
+    finally:
+        for session in sessions:
+            session.training = False
 
 
 def remove_quant(model: Any) -> None:
-    """Take out every fake quantization."""
+    """Take out every fake quantization and what it keeps."""
     for layer in model.sublayers(include_self=True):
-        for key in [key for key, hook in layer._forward_pre_hooks.items() if isinstance(hook, FakeQuant)]:
+        for key in [key for key, hook in layer._forward_pre_hooks.items() if isinstance(hook, Session)]:
             del layer._forward_pre_hooks[key]
-            layer._forward_pre_hooks_with_kwargs_flag.pop(key, None)
+        forward = wrapped(layer)
+        if forward is None:
+            continue
+        for name in forward.registered:
+            layer._parameters.pop(name, None)
+            layer._buffers.pop(name, None)
+        del layer.__dict__["forward"]
+        if forward.inner is not None:
+            layer.__dict__["forward"] = forward.inner
 
 
-def insert_quant(model: Any, decision: QuantizeDecision) -> None:
-    """Put the decision's activation grids in place of whatever was inserted before.
+def insert_quant(model: Any, quants: Mapping[Site, FakeQuant]) -> None:
+    """Put these fake quantizations in place of whatever was inserted before.
 
     Raises:
-        ModelError: a layer that does not exist, or a grid that is not usable; the model is then unchanged.
+        ModelError: see `slimbridge.ports.Backend.insert_quant`; the model is then unchanged.
     """
-    layers = find_layers(model, tuple(decision.activations), "quantize")
-    hooks = {path: FakeQuant(params, f"quantize '{path}'") for path, params in decision.activations.items()}
+    layers = find_layers(model, [site.path for site in quants], "quantize")
+    _check(layers, quants)
+    known = {name: entry for name, entry in every_name(model).items() if not entry.inserted}
+    reads = {site: _reads(site, quant, known) for site, quant in quants.items()}
     remove_quant(model)
-    for path, hook in hooks.items():
-        layers[path].register_forward_pre_hook(hook, with_kwargs=True)
+    if not quants:
+        return
+    session = Session()
+    for site, quant in quants.items():
+        layer = layers[site.path]
+        forward = wrapped(layer)
+        if forward is None:
+            forward = Forward(layer, session)
+            layer.__dict__["forward"] = forward
+            session.forwards.append(forward)
+        own = _register(model, forward, site, quant)
+        forward.sites.append(Inserted(site, quant, own, reads[site]))
+    model.register_forward_pre_hook(session, prepend=True)
 
 
-def reduce_inputs(model: Any, inputs: Sequence[Any], paths: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Extremes of the first input of each layer over one eval pass, before any fake quantization of that layer.
-
-    Returns:
-        path -> "absmax", "min", "max"; over the runs of a layer that runs several times.
-    """
-    seen: dict[str, list[Tensor]] = {}
-
-    def observe(path: str) -> Callable[..., None]:
-        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            seen.setdefault(path, []).append(paddle.stack([paddle.min(x), paddle.max(x)]))
-
-        return hook
-
-    layers = find_layers(model, paths, "reduce")
-    handles = [
-        layer.register_forward_pre_hook(observe(path), prepend=True, with_kwargs=True) for path, layer in layers.items()
-    ]
-    with hooked(handles), mode(model, train=False), paddle.no_grad():
-        run(model, inputs, ())
-    return {path: _extremes(seen[path]) for path in paths if path in seen}
+def _check(layers: Mapping[str, Any], quants: Mapping[Site, FakeQuant]) -> None:
+    """Raise ModelError for a layer without a weight, or one tensor under two names."""
+    seen: dict[tuple[int, str], Site] = {}
+    for site, quant in quants.items():
+        layer = layers[site.path]
+        if site.side == "weight" and layer._parameters.get("weight") is None:
+            raise ModelError(f"quantize '{site}': layer '{site.path}' has no weight")
+        first = seen.setdefault((id(layer), _prefix(site)), site)
+        if first != site:
+            raise ModelError(f"quantize: '{first}' and '{site}' are one tensor, of a layer with two names")
+        for name in (*quant.parameters, *quant.buffers):
+            forward, attribute = wrapped(layer), _prefix(site) + name
+            if hasattr(layer, attribute) and not (forward and attribute in forward.registered):
+                raise ModelError(f"quantize '{site}': layer '{site.path}' has an attribute '{attribute}' of its own")
 
 
-def _extremes(pairs: list[Tensor]) -> dict[str, float]:
-    values = paddle.stack(pairs).numpy()
-    low, high = float(values[:, 0].min()), float(values[:, 1].max())
-    return {"absmax": max(-low, high), "min": low, "max": high}
+def _reads(site: Site, quant: FakeQuant, known: Mapping[str, Entry]) -> dict[str, tuple[Any, str, bool]]:
+    found = {}
+    for name, wanted in quant.reads.items():
+        if wanted not in known:
+            raise ModelError(f"quantize '{site}': the model has no parameter '{wanted}'{nearest(wanted, known)}")
+        entry = known[wanted]
+        found[name] = (entry.owner, entry.attribute, entry.transposed)
+    return found
+
+
+def _prefix(site: Site) -> str:
+    argument = str(site.argument) if site.argument or site.call is not None else ""
+    call = "" if site.call is None else f"_{site.call}"
+    return f"quant_{site.side}{argument}{call}_"
+
+
+def _register(model: Any, forward: Forward, site: Site, quant: FakeQuant) -> dict[str, Where]:
+    """Make the parameters and buffers of a site on its layer."""
+    layer, own = forward.layer, {}
+    dtype, place = model_dtype(model), model_place(model)
+    for name, value in (*quant.parameters.items(), *quant.buffers.items()):
+        attribute = _prefix(site) + name
+        tensor = native(np.asarray(value), dtype, place)
+        if name in quant.parameters:
+            made = paddle.create_parameter([1], dtype_name(tensor))
+            assign(made, tensor.numpy(), place)  # Paddle's initialisers know no tensor without axes
+            layer.add_parameter(attribute, made)
+        else:
+            layer.register_buffer(attribute, tensor)
+        forward.registered.add(attribute)
+        own[name] = (layer, attribute)
+    return own
+
+
+def hold_statistics(model: Any, hold: bool) -> None:
+    """Let batch normalisations use and keep their running statistics in training steps, or do as before."""
+    for layer in model.sublayers(include_self=True):
+        if not isinstance(layer, BATCH_NORMS):
+            continue
+        if hold and _HELD not in layer.__dict__:
+            layer.__dict__[_HELD] = layer._use_global_stats
+            layer._use_global_stats = True
+        elif not hold and _HELD in layer.__dict__:
+            layer._use_global_stats = layer.__dict__.pop(_HELD)

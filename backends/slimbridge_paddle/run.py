@@ -13,6 +13,7 @@ from slimbridge.errors import ModelError, listed
 from slimbridge.ports import Array, Loss, Pass, Tensor, tensors_in
 from slimbridge_paddle._compat import quiet_training
 from slimbridge_paddle.names import Entry, entries, find_layers
+from slimbridge_paddle.quant import training_pass
 from slimbridge_paddle.tensors import all_tensors, assign, check_list, copied, model_dtype, model_place, native
 
 
@@ -167,7 +168,7 @@ def gradients(model: Any, inputs: Sequence[Array], loss: Loss, train: bool) -> d
     fixed = [tensor for tensor in all_tensors(model) if tensor.stop_gradient]
     saved = [copied(tensor) for tensor in fixed]
     try:
-        with mode(model, train), quiet_training():
+        with mode(model, train), quiet_training(), training_pass(model, train):
             total, _ = summed(loss(run(model, inputs, ())))
             found = paddle.grad(total, [entry.tensor for entry in chosen], allow_unused=True)
     finally:

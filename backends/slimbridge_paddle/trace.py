@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import paddle
 
 from slimbridge.errors import ModelError
-from slimbridge.graph import Graph, Node
+from slimbridge.graph import Call, Graph, Node
 from slimbridge.ports import Array
 from slimbridge_paddle import (
     trace_layers,  # noqa: F401  (registers its handlers)
@@ -32,7 +32,7 @@ def trace(model: Any, inputs: Sequence[Array]) -> Graph:
         ModelError: the pass cannot be captured, a shape is not known, or an output is not a tensor.
     """
     program = capture(model, inputs)
-    known = entries(model)
+    known = [entry for entry in entries(model) if not entry.inserted]
     builder = Builder({id(entry.tensor): entry for entry in known}, program)
     builder.build()
     outputs = tuple(builder.outputs())  # may add constants, for parameters that are returned
@@ -42,6 +42,7 @@ def trace(model: Any, inputs: Sequence[Array]) -> Graph:
         inputs=builder.inputs,
         outputs=outputs,
         parameters={entry.name: entry.shape for entry in known},
+        calls=builder.calls(),
     )
 
 
@@ -224,6 +225,20 @@ class Builder:
         if not found:
             raise ModelError("trace: the model returns no tensor")
         return found
+
+    def calls(self) -> tuple[Call, ...]:
+        """The layers' calls, those left out of which a tensor is none of the graph's."""
+        found = []
+        for path, given, made in self.program.calls:
+            ids = [self._known(value) for value in (*given, *made)]
+            known = tuple(tensor for tensor in ids if tensor is not None)
+            if len(known) == len(ids):
+                found.append(Call(path, known[: len(given)], known[len(given) :]))
+        return tuple(found)
+
+    def _known(self, value: Any) -> int | None:
+        ref = None if value is None else self.refs.get(value.id)
+        return ref.tensor if isinstance(ref, Active) else None
 
 
 def _short(name: str) -> str:

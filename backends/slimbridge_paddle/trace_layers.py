@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from slimbridge.errors import ModelError
 from slimbridge_paddle.names import Entry
 from slimbridge_paddle.refs import Active, Literal, Ref, Stored, Unsupported
@@ -100,13 +102,18 @@ def may_fold(builder: Builder, call: Call, made: int) -> None:
 def _batch_norm(builder: Builder, call: Call) -> list[Ref]:
     channels_first(call)
     params = _params(call, {1: "running_mean", 2: "running_var", 3: "weight", 4: "bias"})
-    return [Active(builder.one("batch_norm", (builder.tensor(call.operand(0)),), call.shape, params))]
+    return [Active(builder.one("batch_norm", (builder.tensor(call.operand(0)),), call.shape, params, eps=_eps(call)))]
+
+
+def _eps(call: Call) -> float:
+    """As it was written: the program holds it in float32, which has more digits but not those of the model."""
+    return float(str(np.float32(call.attrs["epsilon"])))
 
 
 @handles("instance_norm")
 def _instance_norm(builder: Builder, call: Call) -> list[Ref]:
     params = _params(call, {1: "weight", 2: "bias"})
-    return [Active(builder.one("batch_norm", (builder.tensor(call.operand(0)),), call.shape, params))]
+    return [Active(builder.one("batch_norm", (builder.tensor(call.operand(0)),), call.shape, params, eps=_eps(call)))]
 
 
 @handles("layer_norm")

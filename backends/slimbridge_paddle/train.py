@@ -12,7 +12,8 @@ import paddle
 from slimbridge.errors import BackendError, ModelError, listed, nearest
 from slimbridge.ports import Array, Loss, OptimizerSettings
 from slimbridge_paddle._compat import AdamW, Momentum, corrected_statistic, quiet_training
-from slimbridge_paddle.names import BATCH_NORMS, Entry, entries
+from slimbridge_paddle.names import BATCH_NORMS, Entry, entries, inserted
+from slimbridge_paddle.quant import training_pass
 from slimbridge_paddle.run import hooked, mode, run, summed
 from slimbridge_paddle.tensors import assign, copied, dtype_name, place_of, replace_data
 
@@ -249,9 +250,13 @@ def _values_per_channel(layer: Any, args: Any) -> int:
 
 @contextmanager
 def undone_on_failure(model: Any) -> Iterator[None]:
-    """Running statistics as before if anything is raised inside."""
-    layers = [layer for layer in model.sublayers(include_self=True) if isinstance(layer, BATCH_NORMS)]
-    kept = [(tensor, tensor.clone()) for layer in layers for tensor in (layer._mean, layer._variance)]
+    """Running statistics, and what fake quantizations keep of them, as before if anything is raised inside."""
+    layers = model.sublayers(include_self=True)
+    changing = [
+        tensor for layer in layers if isinstance(layer, BATCH_NORMS) for tensor in (layer._mean, layer._variance)
+    ]
+    changing += [layer._buffers[name] for layer in layers for name in inserted(layer) if name in layer._buffers]
+    kept = [(tensor, tensor.clone()) for tensor in changing]
     done = False
     try:
         yield
@@ -271,7 +276,7 @@ def train_step(
     """
     optimizer.zero_grad()
     with undone_on_failure(model), mode(model, train=True):
-        with quiet_training(), unbiased_statistics(model):
+        with quiet_training(), unbiased_statistics(model), training_pass(model):
             done = run(model, inputs, capture)
         total, values = summed(loss(done))
         total.backward()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from slimbridge.decisions import PruneDecision, QuantizeDecision
+from slimbridge.decisions import PruneDecision, QuantizeDecision, Site
 from slimbridge.errors import BackendError, ModelError
 from slimbridge.graph import Graph
 from slimbridge.ports import (
@@ -19,6 +21,7 @@ from slimbridge.ports import (
     Capabilities,
     Device,
     DType,
+    FakeQuant,
     Layer,
     Loss,
     NativeRequest,
@@ -26,11 +29,14 @@ from slimbridge.ports import (
     Optimizer,
     OptimizerSettings,
     Pass,
+    Statistics,
     tensors_in,
 )
+from slimbridge_torch import export as exporting
 from slimbridge_torch import names, quant, surgery
 from slimbridge_torch import native as toolkits
 from slimbridge_torch import nn as layer_names
+from slimbridge_torch import reduce as reduction
 from slimbridge_torch import train as training
 from slimbridge_torch.ops import TorchOps
 from slimbridge_torch.trace import trace
@@ -60,6 +66,7 @@ class TorchBackend:
             devices=_devices(),
             threads=torch.get_num_threads(),
             native_engines=toolkits.engines(),
+            forms=exporting.forms(),
         )
 
     def owns(self, model: object) -> bool:
@@ -176,18 +183,46 @@ class TorchBackend:
         surgery.remove_channels(model, decision, None if optimizer is None else _own(optimizer))
         return model
 
-    def insert_quant(self, model: nn.Module, decision: QuantizeDecision) -> nn.Module:
-        """Fake-quantize the first input of the decision's layers from now on; replaces an earlier call."""
-        quant.insert_quant(model, decision)
+    def insert_quant(self, model: nn.Module, quants: Mapping[Site, FakeQuant]) -> nn.Module:
+        """Fake-quantize these sites from now on; replaces an earlier call."""
+        quant.insert_quant(model, quants, self.ops, partial(self.tensor, model))
         return model
 
-    def reduce(self, model: nn.Module, inputs: Sequence[Array], layers: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Extremes of the first input of each layer over one batch, as the layer is given it."""
-        return quant.reduce_inputs(model, lambda: self.forward(model, inputs), layers)
+    def hold_statistics(self, model: nn.Module, hold: bool) -> nn.Module:
+        """BatchNorm layers keep and use their running statistics in training steps."""
+        quant.hold_statistics(model, hold)
+        return model
+
+    def reduce(
+        self, model: nn.Module, inputs: Sequence[Array], sites: Sequence[Site], histogram: bool = False
+    ) -> dict[Site, Statistics]:
+        """Statistics of tensors over one batch, as the layers are given or give them."""
+        return reduction.reduce(model, lambda: self.forward(model, inputs), sites, histogram)
 
     def native(self, model: nn.Module, request: NativeRequest, inputs: Sequence[Array]) -> NativeResult:
         """Let Torch-Pruning or torch.nn.utils.prune choose; see `native.native` for the errors."""
         return toolkits.native(model, request, self._inputs(model, inputs))
+
+    def native_quantize(self, model: nn.Module, request: Any, batches: Any) -> Any:
+        """Let another toolkit decide."""
+        raise NotImplementedError
+
+    def export(
+        self,
+        model: nn.Module,
+        inputs: Sequence[Array],
+        folder: Path,
+        form: str,
+        decision: QuantizeDecision | None = None,
+    ) -> None:
+        """Write a form from a copy of the model, on the CPU and in float32; see `exporting.export`."""
+        sites = exporting.quants(form, decision)
+        copy = self.place(self.insert_quant(self.clone(model), sites))
+        exporting.export(copy, self._inputs(copy, inputs), folder, form, decision)
+
+    def load_exported(self, folder: Path, form: str, threads: int) -> Callable[[Sequence[Array]], list[Array]]:
+        """A function that runs program.pt2, compiled for this machine; see `pt2e.load`."""
+        return exporting.load(folder, form, threads)
 
     def _inputs(self, model: nn.Module, inputs: Sequence[Array | Tensor]) -> tuple[Tensor, ...]:
         if not isinstance(inputs, (list, tuple)):
@@ -224,6 +259,8 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
     """Train or eval mode inside; each module's own flag is restored."""
     flags = [(module, module.training) for module in model.modules()]
     model.train(train)
+    if train:
+        quant.keep_held(model)
     try:
         yield
     finally:

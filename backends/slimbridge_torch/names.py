@@ -42,6 +42,15 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
+INSERTED = "_slimbridge_inserted"
+"""Attribute of a module: the names of the parameters and buffers that a fake quantization added to it."""
+
+
+def inserted_names(module: nn.Module) -> frozenset[str]:
+    """Attribute names of what a fake quantization keeps in a module."""
+    return frozenset(module.__dict__.get(INSERTED, ()))
+
+
 def all_names(model: nn.Module) -> dict[str, Tensor]:
     """Every name that the state dict knows -> tensor; tied tensors and shared modules under each of their names."""
     found: dict[str, Tensor] = {}
@@ -90,7 +99,8 @@ def layers(model: nn.Module) -> tuple[Layer, ...]:
     names = {id(tensor): name for name, tensor in canonical(model).items()}
     found = []
     for path, module in model.named_modules():
-        params = {role: names[id(tensor)] for role, tensor in own_tensors(module)}
+        added = inserted_names(module)
+        params = {role: names[id(tensor)] for role, tensor in own_tensors(module) if role not in added}
         kind = kind_of(module)
         if kind in ("conv", "conv_transpose", "linear") and "weight" not in params:
             kind = "unknown"

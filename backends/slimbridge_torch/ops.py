@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from slimbridge_torch.fake_quant import extremes, fake_quant
 from slimbridge_torch.names import to_array
 
 Tensor = Any
@@ -38,6 +39,10 @@ class TorchOps:
     def cast(self, x: Tensor, like: Tensor) -> Tensor:
         """To the dtype and device of `like`."""
         return x.to(like)
+
+    def constant(self, array: NDArray[Any], like: Tensor) -> Tensor:
+        """A tensor of an array, in the dtype and on the device of `like`."""
+        return torch.tensor(array, dtype=like.dtype, device=like.device)
 
     def sum(self, x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Sum over axes."""
@@ -106,3 +111,20 @@ class TorchOps:
     def concat(self, xs: Sequence[Tensor], axis: int) -> Tensor:
         """Tensors joined along an axis."""
         return torch.cat(tuple(xs), dim=axis)
+
+    def extremes(self, x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
+        """Smallest and largest entry, of all or for each index of one axis."""
+        return extremes(x, axis)
+
+    def fake_quant(
+        self,
+        x: Tensor,
+        step: Tensor,
+        zero_point: Tensor | None,
+        low: int,
+        high: int,
+        axis: int | None = None,
+        away: bool = False,
+    ) -> Tensor:
+        """The nearest value of the grid; see the port for the formula and its gradients."""
+        return fake_quant(x, step, zero_point, low, high, axis, away)

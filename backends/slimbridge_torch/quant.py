@@ -1,127 +1,262 @@
-"""Fake quantization of layer inputs, and statistics of them, through forward pre-hooks."""
+"""Fake quantization in a model: hooks that pass tensors of a layer on, and what they keep beside its parameters.
+
+The hooks refer to modules only, never to tensors, so that they go along when a model is copied or moved.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from slimbridge.decisions import QuantizeDecision, QuantParams
-from slimbridge.errors import ModelError
-from slimbridge_torch.names import find_modules
+from slimbridge.decisions import Site
+from slimbridge.errors import ModelError, nearest
+from slimbridge.ports import Array, FakeQuant, Ops
+from slimbridge_torch.names import INSERTED, all_names, find_modules, inserted_names
 
 Tensor = Any
+Change = Callable[[Tensor], Tensor]
 
 
-class _Snap(torch.autograd.Function):
-    """The grid value of each entry; the gradient goes through as if nothing had happened (straight-through)."""
+@dataclass
+class _Pass:
+    """The model as a whole: is it training, and which pass is this? A pre-hook of the model counts."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor | float, params: QuantParams) -> Tensor:
-        integer = torch.clamp(torch.round(x / step) + params.zero_point, params.low, params.high)
-        return (integer - params.zero_point) * step
+    root: nn.Module
+    number: int = 0
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.number += 1
 
 
-class FakeQuant:
-    """Rounds a layer's first input to the grid: clip(round(x / step) + zero_point, low, high), and back.
+@dataclass
+class _Quant:
+    """One site's fake quantization, and where its state is: name -> module and attribute."""
 
-    Half goes to even; all is computed in the input's dtype. A copied model carries its own copy.
+    site: Site
+    quant: FakeQuant
+    kept: Mapping[str, tuple[nn.Module, str]]
+    ops: Ops
+    whole: _Pass
 
-    Args:
-        params: the grid; `step` has one number, or one for each index of `axis`.
+    def __call__(self, x: Tensor) -> Tensor:
+        """The tensor on its grid."""
+        if not x.is_floating_point():
+            raise ModelError(f"quantize '{self.site}': the tensor is of {x.dtype}; floating ones are allowed")
+        state = {name: _now(module, attribute) for name, (module, attribute) in self.kept.items()}
+        y, changed = self.quant(self.ops, x, state, self.whole.root.training)
+        for name, value in changed.items():
+            module, attribute = self.kept[name]
+            old = module._buffers[attribute]
+            if old is None or value.shape != old.shape:
+                raise ModelError(f"quantize '{self.site}': '{name}' became {tuple(value.shape)}, its shape must stay")
+            # A new tensor in its place: the old one may be needed for the gradient.
+            module._buffers[attribute] = value.detach().to(old.dtype)
+        return y
 
-    Raises:
-        ModelError: a grid that is not usable; the message starts with `where`.
-    """
 
-    def __init__(self, params: QuantParams, where: str) -> None:
-        if any(not math.isfinite(step) or step <= 0 for step in params.step):
-            raise ModelError(f"{where}: each step must be positive and finite, found {min(params.step)}")
-        if params.axis is None and len(params.step) != 1:
-            raise ModelError(f"{where}: {len(params.step)} steps without an axis; one is allowed")
-        if not params.low <= params.zero_point <= params.high:
-            raise ModelError(f"{where}: zero_point {params.zero_point} is outside {params.low}..{params.high}")
-        self.params = params
-        self.where = where
+@dataclass
+class _Layer:
+    """The sites of one layer, by side and argument; counts the layer's calls in a pass."""
+
+    whole: _Pass
+    quants: list[_Quant] = field(default_factory=list)
+    number: int = 0
+    call: int = -1
+
+    def begin(self) -> None:
+        """The layer is called."""
+        self.call = self.call + 1 if self.number == self.whole.number else 0
+        self.number = self.whole.number
+
+    def changes(self, side: str) -> dict[int, list[Change]]:
+        """Argument -> what to do with it in this call."""
+        found: dict[int, list[Change]] = {}
+        for quant in self.quants:
+            if quant.site.side == side and quant.site.call in (None, self.call):
+                found.setdefault(quant.site.argument, []).append(quant)
+        return found
+
+
+@dataclass
+class _Before:
+    """The pre-hook of a layer: its inputs and its weight."""
+
+    layer: _Layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward pre-hook: arguments with the first tensor replaced."""
-        if args:
-            return (self.quantize(args[0]), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: self.quantize(kwargs[name])}
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """The grid values of a floating tensor, any shape."""
-        return _Snap.apply(x, self._step(x), self.params)
-
-    def _step(self, x: Tensor) -> Tensor | float:
-        axis = self.params.axis
-        if axis is None and x.device.type != "cuda":
-            return self.params.step[0]
-        # CUDA divides by a Python number as a multiplication with its reciprocal, which rounds otherwise.
-        if axis is None:
-            return torch.tensor(self.params.step[0], dtype=x.dtype, device=x.device)
-        if x.shape[axis] != len(self.params.step):
-            raise ModelError(f"{self.where}: {len(self.params.step)} steps for {x.shape[axis]} channels")
-        shape = [1] * x.ndim
-        shape[axis] = -1
-        return torch.tensor(self.params.step, dtype=x.dtype, device=x.device).reshape(shape)
+        self.layer.begin()
+        for change in self.layer.changes("weight").get(0, ()):
+            # An attribute of the object hides the parameter, which `_parameters` still has.
+            module.__dict__["weight"] = change(module.__dict__.get("weight", module._parameters["weight"]))
+        changes = self.layer.changes("input")
+        return _replaced((args, kwargs), changes, self.layer) if changes else None
 
 
-def insert_quant(model: nn.Module, decision: QuantizeDecision) -> None:
-    """Fake-quantize the inputs of the decision's layers; quantization from an earlier call is taken out.
+@dataclass
+class _After:
+    """The hook after a layer: its outputs; it runs after errors too, and takes the weight back."""
+
+    layer: _Layer
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        module.__dict__.pop("weight", None)
+        changes = self.layer.changes("output")
+        return _replaced(output, changes, self.layer) if changes and output is not None else None
+
+
+def _now(module: nn.Module, attribute: str) -> Tensor:
+    """A parameter or buffer itself, also where a fake quantized weight hides it."""
+    found = module._parameters.get(attribute)
+    return module._buffers[attribute] if found is None else found
+
+
+def _replaced(tree: Any, changes: Mapping[int, list[Change]], layer: _Layer) -> Any:
+    """The nested tensors, flattened in the order of `tensors_in`, with some of them changed."""
+    count = 0
+
+    def walk(item: Any) -> Any:
+        nonlocal count
+        if isinstance(item, torch.Tensor):
+            for change in changes.get(count, ()):
+                item = change(item)
+            count += 1
+        elif isinstance(item, Mapping):
+            new = copy(item)
+            for key, value in item.items():
+                new[key] = walk(value)  # type: ignore[index]
+            return new
+        elif isinstance(item, (tuple, list)):
+            parts = [walk(part) for part in item]
+            return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
+        return item
+
+    result = walk(tree)
+    if max(changes) >= count:
+        site = next(quant.site for quant in layer.quants if quant in changes[max(changes)])
+        raise ModelError(f"quantize '{site}': {count} tensors are there in this call, the first is number 0")
+    return result
+
+
+def insert_quant(
+    model: nn.Module, quants: Mapping[Site, FakeQuant], ops: Ops, tensor: Callable[[Array], Tensor]
+) -> None:
+    """Fake-quantize these sites from now on, in place of those of an earlier call.
+
+    Args:
+        model: any module.
+        quants: site -> what its tensor passes through.
+        ops: handed to them.
+        tensor: makes an initial value a tensor of the model's type, on its device.
 
     Raises:
-        ModelError: a path without a layer, or a grid that is not usable.
+        ModelError: a path, a weight or a parameter that does not exist, or a name that is taken; nothing is changed.
     """
-    modules = find_modules(model, tuple(decision.activations), "quantize")
-    hooks = {path: FakeQuant(params, f"quantize '{path}'") for path, params in decision.activations.items()}
+    modules = find_modules(model, tuple(site.path for site in quants), "quantize")
+    added: dict[tuple[int, str], tuple[nn.Module, str, Array, bool]] = {}
+    for site, quant in quants.items():
+        _check(site, modules[site.path])
+        for name, value in (*quant.parameters.items(), *quant.buffers.items()):
+            module, attribute = modules[site.path], attribute_of(site, name)
+            taken = hasattr(module, attribute) and attribute not in inserted_names(module)
+            if taken or (id(module), attribute) in added:
+                raise ModelError(f"quantize '{site}': its layer has a '{attribute}' already")
+            added[id(module), attribute] = (module, attribute, value, name in quant.parameters)
+    kept = {site: _places(model, modules, site, quants) for site in quants}
+    values = {key: tensor(_floating(entry[2]) if entry[3] else np.asarray(entry[2])) for key, entry in added.items()}
+    remove_quant(model)
+    for key, (module, attribute, _, trained) in added.items():
+        module.__dict__.setdefault(INSERTED, set()).add(attribute)
+        if trained:
+            module.register_parameter(attribute, nn.Parameter(values[key]))
+        else:
+            module.register_buffer(attribute, values[key])
+    whole = _Pass(model)
+    layers: dict[int, tuple[nn.Module, _Layer]] = {}
+    for site, quant in quants.items():
+        module = modules[site.path]
+        layer = layers.setdefault(id(module), (module, _Layer(whole)))[1]
+        layer.quants.append(_Quant(site, quant, kept[site], ops, whole))
+    if layers:
+        model.register_forward_pre_hook(whole)
+    for module, layer in layers.values():
+        module.register_forward_pre_hook(_Before(layer), with_kwargs=True)
+        module.register_forward_hook(_After(layer), always_call=True)
+
+
+def attribute_of(site: Site, name: str) -> str:
+    """What a site's layer calls that part of a fake quantization: "quant_input1_0_step"."""
+    call = "" if site.call is None else f"_{site.call}"
+    return f"quant_{site.side}{site.argument or ''}{call}_{name}"
+
+
+def _floating(value: Array) -> Array:
+    return np.asarray(value, dtype=np.float64)
+
+
+def _check(site: Site, module: nn.Module) -> None:
+    if site.side == "weight" and module._parameters.get("weight") is None:
+        raise ModelError(f"quantize '{site}': the layer has no weight of its own")
+
+
+def _places(
+    model: nn.Module, modules: Mapping[str, nn.Module], site: Site, quants: Mapping[Site, FakeQuant]
+) -> dict[str, tuple[nn.Module, str]]:
+    """Name in a fake quantization's state -> module and attribute."""
+    quant = quants[site]
+    places = {name: (modules[site.path], attribute_of(site, name)) for name in (*quant.parameters, *quant.buffers)}
+    if not quant.reads:
+        return places
+    known = {path: module for path, module in model.named_modules(remove_duplicate=False)}
+    old = {f"{path}.{name}".lstrip(".") for path, module in known.items() for name in inserted_names(module)}
+    new = {
+        f"{other.path}.{attribute_of(other, name)}".lstrip(".")
+        for other, its in quants.items()
+        for name in (*its.parameters, *its.buffers)
+    }
+    readable = (all_names(model).keys() - old) | new
+    for name, full in quant.reads.items():
+        if full not in readable:
+            raise ModelError(f"quantize '{site}': the model has no parameter '{full}'{nearest(full, readable)}")
+        path, _, attribute = full.rpartition(".")
+        places[name] = (known[path], attribute)
+    return places
+
+
+def remove_quant(model: nn.Module) -> None:
+    """Take all out again, parameters and buffers included."""
     for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, FakeQuant)]:
+        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, (_Pass, _Before))]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
-    for path, hook in hooks.items():
-        modules[path].register_forward_pre_hook(hook, with_kwargs=True)
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _After)]:
+            del module._forward_hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+        for name in inserted_names(module):
+            delattr(module, name)
+        module.__dict__.pop(INSERTED, None)
 
 
-def reduce_inputs(model: nn.Module, run: Callable[[], object], paths: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Extremes of the first input of each layer while `run` runs, before any fake quantization of that layer.
-
-    Returns:
-        path -> "min", "max", "absmax"; over the runs of a layer that runs several times; NaN stays NaN.
-    """
-    seen: dict[str, list[Tensor]] = {}
-
-    def observe(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            seen.setdefault(path, []).append(torch.stack(torch.aminmax(x)))
-
-        return hook
-
-    modules = find_modules(model, tuple(paths), "reduce")
-    handles = [
-        module.register_forward_pre_hook(observe(path), prepend=True, with_kwargs=True)
-        for path, module in modules.items()
-    ]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {path: _extremes(seen[path]) for path in paths if path in seen}
+def hold_statistics(model: nn.Module, hold: bool) -> None:
+    """BatchNorm layers stay in eval mode in training steps, or no longer; see `keep_held`."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if hold:
+                module.__dict__[_HELD] = True
+            else:
+                module.__dict__.pop(_HELD, None)
 
 
-def _extremes(pairs: list[Tensor]) -> dict[str, float]:
-    low, high = torch.stack(pairs).unbind(1)
-    smallest, largest = low.amin(), high.amax()
-    values = torch.stack([smallest, largest, torch.maximum(-smallest, largest)]).tolist()
-    return dict(zip(("min", "max", "absmax"), values, strict=True))
+def keep_held(model: nn.Module) -> None:
+    """After `model.train()`: layers whose statistics are held go back to eval mode."""
+    for module in model.modules():
+        if _HELD in module.__dict__:
+            module.training = False
+
+
+_HELD = "_slimbridge_held"

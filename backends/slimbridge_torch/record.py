@@ -10,7 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimbridge.errors import ModelError
+from slimbridge.graph import Call as ModuleCall
 from slimbridge.graph import Node
+from slimbridge.ports import tensors_in
 
 Tensor = Any
 
@@ -123,6 +125,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         nodes: in order of execution.
         shapes: value id -> shape.
+        calls: of modules, in the order of their return.
         path: the layer that is running.
         expanded: ids of the tensors that an expansion gave.
     """
@@ -130,6 +133,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         super().__init__()
         self.nodes: list[Node] = []
+        self.calls: list[ModuleCall] = []
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.path = ""
         self.expanded: set[int] = set()
@@ -180,6 +184,18 @@ class Recorder(TorchDispatchMode):
                 values.literal.add(made)
         self._bind(tensor, made)
         return made
+
+    def known(self, tree: object) -> list[int | None]:
+        """The ids of nested tensors, None for one that no recorded operation made; nothing is recorded for it."""
+        tensors = [item for item in tensors_in(tree) if isinstance(item, torch.Tensor)]
+        values = self._values
+        return [None if id(tensor) in values.stale else values.ids.get(id(tensor)) for tensor in tensors]
+
+    def add_call(self, path: str, inputs: Sequence[int | None], outputs: Sequence[int | None]) -> None:
+        """Note a module's call, unless one of its tensors is unknown."""
+        given, made = ([value for value in values if value is not None] for values in (inputs, outputs))
+        if len(given) == len(inputs) and len(made) == len(outputs):
+            self.calls.append(ModuleCall(path, tuple(given), tuple(made)))
 
     def maker(self, value: int) -> Node | None:
         """The node that made a value."""

@@ -26,6 +26,7 @@ from slimbridge.errors import ModelError, SlimbridgeError
 from slimbridge.graph import Graph
 from slimbridge.ports import tensors_in
 from slimbridge_torch.names import canonical, check_ready
+from slimbridge_torch.quant import remove_quant
 from slimbridge_torch.record import Recorder
 from slimbridge_torch.trace_fold import fold
 from slimbridge_torch.trace_ops import HANDLERS
@@ -49,6 +50,12 @@ def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Graph:
             raise ModelError(
                 f"trace: input {index} has the shape {tuple(example.shape)}; a batch of at least 1 is needed"
             )
+    with _preserved(model):
+        remove_quant(model)
+        return _traced(model, inputs)
+
+
+def _traced(model: nn.Module, inputs: Sequence[Tensor]) -> Graph:
     recorder = Recorder(HANDLERS)
     try:
         with _preserved(model), torch.no_grad(), _plain_attention():
@@ -65,7 +72,9 @@ def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Graph:
             raise _explained(first, second, where) from first
     parameters = {name: tuple(tensor.shape) for name, tensor in canonical(model).items()}
     nodes = fold(recorder.nodes, recorder.shapes, ids[1])
-    return Graph(nodes, recorder.shapes, ids[0], ids[1], parameters)
+    there = {value for node in nodes for value in node.outputs}
+    calls = tuple(call for call in recorder.calls if there.issuperset((*call.inputs, *call.outputs)))
+    return Graph(nodes, recorder.shapes, ids[0], ids[1], parameters, calls)
 
 
 def _check(model: nn.Module) -> None:
@@ -174,18 +183,23 @@ def _swap(model: nn.Module, recorder: Recorder) -> None:
 
 @contextmanager
 def _path_hooks(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Keep `recorder.path` at the innermost module of the model that is running."""
+    """Keep `recorder.path` at the innermost module of the model that is running, and note the modules' calls."""
     paths = {id(module): path for path, module in model.named_modules()}
-    stack: list[str] = []
+    stack: list[tuple[str, list[int | None], int]] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        stack.append(recorder.path)
+        stack.append((recorder.path, recorder.known(args), len(recorder.shapes)))
         recorder.path = paths.get(id(module), recorder.path)
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        recorder.path = stack.pop()
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        recorder.path, given, before = stack.pop()
+        # Keywords are seen only now: a value that the call itself made was not what it was given.
+        given += [value if value is not None and value < before else None for value in recorder.known(kwargs)]
+        if paths.get(id(module)):
+            recorder.add_call(paths[id(module)], given, recorder.known(output))
 
-    handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave)]
+    enters = hooks.register_module_forward_pre_hook(enter)
+    handles = [enters, hooks.register_module_forward_hook(leave, with_kwargs=True)]
     try:
         yield
     finally:

@@ -113,7 +113,8 @@ def _batch_norm(call: Call) -> Sequence[int] | None:
     if not all(_arranged(call, call.value(tensors[role])) for role in computed):
         return None
     params = _roles(call, {role: tensor for role, tensor in tensors.items() if role not in computed})
-    made = call.emit("batch_norm", [call.value(call.args[0])], params=params)
+    eps = float(call.arg("eps", call.arg("epsilon")))
+    made = call.emit("batch_norm", [call.value(call.args[0])], params=params, eps=eps)
     # InstanceNorm repeats its vectors for every image of the batch: its channels meet them one by one.
     single = (1,) * (call.args[0].ndim - 2)
     for role in sorted(computed, key=tuple(_NORM_STEPS).index):

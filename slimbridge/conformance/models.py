@@ -1,4 +1,4 @@
-"""Cases on models: layout, names, forward, capture, statistics, quantization."""
+"""Cases on models: layout, names, forward, capture, placement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 
 from slimbridge.conformance.suite import Bench, case, refuses, require, within
 from slimbridge.conformance.topologies import SIZE, TOPOLOGIES
-from slimbridge.decisions import QuantizeDecision, QuantParams
 from slimbridge.parity.measure import differing, relative
 from slimbridge.ports import Array, Model, tensors_in
 
@@ -132,36 +131,6 @@ def batch_norm_eval(bench: Bench) -> None:
     expected = (x - shaped["running_mean"]) / np.sqrt(shaped["running_var"] + 1e-5)
     found = relative(output(bench, model, x), expected * shaped["weight"] + shaped["bias"])
     within("BatchNorm in eval mode", found, "operation")
-
-
-@case("quantization: fake quantization equals its formula")
-def fake_quant(bench: Bench) -> None:
-    """An identity layer shows its quantized input: ties, clipping, zero point, to the last bit."""
-    backend = bench.backend
-    model = backend.place(backend.nn.Sequential(backend.nn.Linear(3, 3)), bench.device)
-    model = backend.write(model, {"0.weight": np.eye(3, dtype=np.float32), "0.bias": np.zeros(3, np.float32)})
-    x = np.concatenate([random(64, 3) * 2, np.array([[0.025, -0.075, 99.0], [-99.0, 0.125, 0.0]], np.float32)])
-    for zero_point, low, high in ((0, -127, 127), (3, -128, 127)):
-        step = np.float32(0.05)
-        grid = QuantParams(step=(float(step),), zero_point=zero_point, low=low, high=high)
-        decision = QuantizeDecision(observer="absmax", weights={}, activations={"0": grid})
-        quantized = backend.clone(backend.insert_quant(backend.clone(model), decision))
-        expected = (np.clip(np.rint(x / step) + np.float32(zero_point), low, high) - np.float32(zero_point)) * step
-        wrong = int(np.count_nonzero(output(bench, quantized, x) != expected))
-        within(f"zero point {zero_point}: {wrong} of {x.size} entries", float(wrong), "fake_quant")
-    require(np.array_equal(output(bench, model, x), x), "quantizing a clone changed the original")
-    bad = QuantizeDecision(observer="absmax", weights={}, activations={"1": grid})
-    refuses("a layer that does not exist", lambda: backend.insert_quant(backend.clone(model), bad))
-
-
-@case("statistics: reduce gives the extremes of a layer's input")
-def reduce(bench: Bench) -> None:
-    """Of the first input, over the whole batch."""
-    model = bench.backend.place(bench.backend.nn.Sequential(bench.backend.nn.Linear(4, 2)), bench.device)
-    x = random(16, 4) - 0.3
-    found = bench.backend.reduce(model, [x], ["0"])["0"]
-    expected = {"absmax": float(np.abs(x).max()), "min": float(x.min()), "max": float(x.max())}
-    require({key: float(value) for key, value in found.items()} == expected, f"gave {found}, expected {expected}")
 
 
 @case("capabilities: versions, devices, placement")

@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from slimbridge.plan.base import (
     BackendName,
     LossName,
-    ObserverName,
     OptimizerSection,
     Options,
     Positive,
@@ -25,6 +24,7 @@ from slimbridge.plan.pruning import (
     SparsifyStage,
     TargetSection,
 )
+from slimbridge.plan.quantizing import NativeQuantizeSection, QatSection, QuantizeStage
 from slimbridge.plan.registries import LOSSES
 
 
@@ -142,30 +142,6 @@ class DistillStage(Section):
     train: TrainSection
 
 
-class QuantizeStage(Section):
-    """Static quantization of the inputs and weights of convolutions and linear layers.
-
-    Weights: symmetric, one step for each output channel. Activations: symmetric, one step for each tensor.
-
-    Attributes:
-        kind: "quantize".
-        weight_bits, activation_bits: word length; 8.
-        observer: how activation ranges are collected over the calibration batches, a registered name.
-        observer_options: options of the observer.
-        calibration_batches, calibration_batch_size: taken from the training data.
-        ignored_layers: layer paths or patterns (fnmatch) that stay in float.
-    """
-
-    kind: Literal["quantize"] = "quantize"
-    weight_bits: Literal[8] = 8
-    activation_bits: Literal[8] = 8
-    observer: ObserverName = "moving_average"
-    observer_options: Options = {}
-    calibration_batches: Positive = 8
-    calibration_batch_size: Positive = 32
-    ignored_layers: tuple[str, ...] = Field(default=(), strict=False)
-
-
 class FinetuneStage(Section):
     """Train the model as it is, on the task's own loss.
 
@@ -231,11 +207,13 @@ __all__ = [
     "GmpSection",
     "LossSection",
     "ModelSection",
+    "NativeQuantizeSection",
     "NativeSection",
     "OptimizerSection",
     "Plan",
     "PreparationSection",
     "PruneStage",
+    "QatSection",
     "QuantizeStage",
     "Section",
     "SensitivitySection",

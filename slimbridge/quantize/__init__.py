@@ -1,14 +1,23 @@
 """Quantization: grids, observers, and the quantizer."""
 
-from slimbridge.quantize.grid import symmetric_limit, symmetric_step, to_integers, to_reals
+from slimbridge.quantize.grid import (
+    grid_of,
+    limits_of,
+    step_array,
+    to_integers,
+    to_reals,
+    zero_point_array,
+)
 from slimbridge.quantize.quantizer import Quantizer, integer_weights, real_weights
 
 __all__ = [
     "Quantizer",
+    "grid_of",
     "integer_weights",
+    "limits_of",
     "real_weights",
-    "symmetric_limit",
-    "symmetric_step",
+    "step_array",
     "to_integers",
     "to_reals",
+    "zero_point_array",
 ]

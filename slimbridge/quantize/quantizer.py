@@ -1,143 +1,218 @@
-"""Static quantization: observe activations, decide the grids, apply them."""
+"""The quantizer: which layers and tensors, the grids that are decided for them, and how they are applied."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from functools import cached_property
 from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slimbridge.decisions import QuantizeDecision, QuantParams, Skipped
+from slimbridge.decisions import DynamicGrid, Fold, QuantizeDecision, QuantParams, Site, Skipped
 from slimbridge.errors import ModelError, SlimbridgeError, listed, nearest
-from slimbridge.plan.registries import OBSERVERS, Observer
-from slimbridge.plan.schema import QuantizeStage
-from slimbridge.ports import Array, Backend, Layer, Model
-from slimbridge.quantize.grid import symmetric_limit, symmetric_step, to_integers, to_reals
-
-QUANTIZABLE = ("conv", "linear")
+from slimbridge.graph import Graph
+from slimbridge.plan.quantizing import QuantizeStage
+from slimbridge.plan.registries import OBSERVERS, Observer, Scheme
+from slimbridge.ports import Array, Backend, FakeQuant, Layer, Model
+from slimbridge.quantize.fake import Dynamic, Static
+from slimbridge.quantize.fold import find_folds, fold_weights
+from slimbridge.quantize.grid import grid_of, limits_of, to_integers, to_reals
+from slimbridge.quantize.placement import Placement, place_full, place_layers
+from slimbridge.quantize.targets import Target, find_targets, require_finite
 
 
 class Quantizer:
-    """Carries out one quantize stage. `observe` and `apply` use a backend, `decide` is neutral."""
+    """Decides one quantize stage for one model.
 
-    def __init__(self, stage: QuantizeStage) -> None:
-        self.stage = stage
+    Args:
+        stage: of the plan.
+        layers: all layers of the model, in order of definition.
+        graph: of the model.
 
-    def chosen(self, layers: Sequence[Layer]) -> tuple[list[Layer], tuple[Skipped, ...]]:
-        """The layers to quantize and those left in float.
+    Raises:
+        ModelError: a pattern of ignored_layers matches nothing, or nothing is left to quantize.
+    """
+
+    def __init__(self, stage: QuantizeStage, layers: Sequence[Layer], graph: Graph) -> None:
+        self.stage, self.graph = stage, graph
+        self.targets, self._skipped = find_targets(stage, layers, graph)
+
+    @cached_property
+    def folds(self) -> tuple[Fold, ...]:
+        """The BatchNorms that go into the weights of the targets."""
+        return find_folds(self.graph, {target.weight for target in self.targets}) if self.stage.fold_batch_norm else ()
+
+    @cached_property
+    def placement(self) -> Placement:
+        """The tensors that need a grid, for mode static.
 
         Raises:
-            ModelError: a pattern of ignored_layers matches nothing, or no layer is left.
+            ModelError: the trace saw no module calls, which placement full rests on.
         """
-        candidates = [layer for layer in layers if layer.kind in QUANTIZABLE and "weight" in layer.params]
-        paths = [layer.path for layer in candidates]
-        for pattern in self.stage.ignored_layers:
-            if not any(fnmatchcase(path, pattern) for path in paths):
-                raise ModelError(
-                    f"ignored_layers: '{pattern}' matches none of the {len(paths)} convolution and linear layers"
-                    f"{nearest(pattern, paths)}; they are: {listed(paths)}"
-                )
-        skipped = {p for p in paths if any(fnmatchcase(p, pattern) for pattern in self.stage.ignored_layers)}
-        chosen = [layer for layer in candidates if layer.path not in skipped]
-        if not chosen:
+        paths = [target.path for target in self.targets]
+        if self.stage.placement == "layer":
+            return place_layers(paths)
+        if not self.graph.calls:
             raise ModelError(
-                f"nothing to quantize: {len(candidates)} convolution and linear layers found, {len(skipped)} ignored"
+                "placement full: the model could be traced only as a whole, without its module calls, so that tensors\n"
+                "between layers cannot be reached; allowed for this model: placement layer"
             )
-        return chosen, tuple(Skipped(layer=path, reason="ignored_layers names it") for path in sorted(skipped))
+        return place_full(self.graph, paths, self.folds)
 
-    def observe(
-        self, backend: Backend, model: Model, layers: Sequence[Layer], batches: Iterable[Sequence[Array]]
-    ) -> dict[str, float]:
-        """Run calibration batches; layer path -> threshold of its input.
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What is left in float, and why."""
+        lost = self.placement.skipped if self.stage.mode == "static" else ()
+        return (*self._skipped, *lost)
+
+    def weight_bits(self, path: str) -> int:
+        """Word length of a layer's weight."""
+        return 8 if path in self._eight else self.stage.weight_bits
+
+    def scheme(self, site: Site) -> Scheme:
+        """How an activation's integers stand for reals."""
+        eight = any(site in self.placement.reads.get(path, ()) for path in self._eight)
+        bits = 8 if eight else self.stage.activation_bits
+        return Scheme(bits, self.stage.activation_scheme == "symmetric", False, self.stage.definition)
+
+    @cached_property
+    def _eight(self) -> frozenset[str]:
+        ends = (self.targets[0].path, self.stage.first_layer), (self.targets[-1].path, self.stage.last_layer)
+        return frozenset(path for path, word in ends if word == "8bit")
+
+    def observe(self, backend: Backend, model: Model, batches: Iterable[Sequence[Array]]) -> dict[Site, Observer]:
+        """Run calibration batches; site -> its observer. A site that never ran is absent.
 
         Raises:
-            ModelError: an activation is not finite.
+            ModelError: a tensor is not finite.
             SlimbridgeError: there is no batch.
         """
-        observers: dict[str, Observer] = {}
-        paths = [layer.path for layer in layers]
+        observers: dict[Site, Observer] = {}
+        needs = new_observer(self.stage).needs_histogram
         count = 0
         for count, inputs in enumerate(batches, start=1):
-            for path, extremes in backend.reduce(model, inputs, paths).items():
-                if not isfinite(extremes["absmax"]):
-                    raise ModelError(f"calibration batch {count}: the input of layer '{path}' is not finite")
-                if path not in observers:
-                    observers[path] = self.new_observer()
-                observers[path].update(extremes)
+            for site, found in backend.reduce(model, inputs, self.placement.sites, needs).items():
+                if not isfinite(found.absmax):
+                    raise ModelError(f"calibration batch {count}: the tensor '{site}' is not finite")
+                observers.setdefault(site, new_observer(self.stage)).update(found)
         if not count:
             raise SlimbridgeError("calibration: the training data gave no batch")
-        return {path: observer.threshold() for path, observer in observers.items()}
+        return observers
 
-    def new_observer(self) -> Observer:
-        """An observer for one tensor; SlimbridgeError for an option that it does not have."""
-        make = OBSERVERS.get(self.stage.observer)
-        options = self.stage.observer_options
-        allowed = list(inspect.signature(make).parameters)
-        for name in options:
-            if name not in allowed:
-                raise SlimbridgeError(
-                    f"observer '{self.stage.observer}' has no option '{name}'{nearest(name, allowed)}; "
-                    f"allowed: {listed(allowed)}"
-                )
-        try:
-            return make(**options)
-        except TypeError as error:
-            raise SlimbridgeError(f"observer '{self.stage.observer}': {options}: {error}") from error
-
-    def decide(
-        self, layers: Sequence[Layer], weights: Mapping[str, Array], thresholds: Mapping[str, float]
-    ) -> QuantizeDecision:
-        """The grids: symmetric, per output channel for weights, per tensor for activations.
+    def decide(self, weights: Mapping[str, Array], observers: Mapping[Site, Observer]) -> QuantizeDecision:
+        """The grids.
 
         Args:
-            layers: all layers of the model, in order.
-            weights: canonical name -> array.
-            thresholds: layer path -> largest magnitude of its input, real units, as `observe` gives it.
+            weights: canonical name -> array, before folding.
+            observers: of the activations, for mode static.
 
         Raises:
-            ModelError: nothing to quantize, or a weight is not finite.
+            ModelError: a weight is not finite.
         """
-        chosen, skipped = self.chosen(layers)
-        unused = [layer.path for layer in chosen if layer.path not in thresholds]
-        chosen = [layer for layer in chosen if layer.path in thresholds]
-        if not chosen:
-            raise ModelError(f"nothing to quantize: the calibration ran none of {len(unused)} layers")
-        reason = "the calibration batches did not run it"
+        for target in self.targets:
+            require_finite(target, weights[target.weight])
+        folded = {**weights, **fold_weights(weights, self.folds)}
+        grids = {target.weight: self.weight_grid(target, folded[target.weight]) for target in self.targets}
+        return self.decision(grids, self.activation_grids(observers))
+
+    def activation_grids(self, observers: Mapping[Site, Observer]) -> dict[Site, QuantParams]:
+        """The grid of each site that was observed."""
+        found = {}
+        for site in self.placement.sites if self.stage.mode == "static" else ():
+            if site in observers:
+                scheme = self.scheme(site)
+                low, high = observers[site].limits(scheme)
+                found[site] = grid_of(np.asarray(low), np.asarray(high), scheme)
+        return found
+
+    def decision(self, weights: Mapping[str, QuantParams], activations: Mapping[Site, QuantParams]) -> QuantizeDecision:
+        """The decision of these grids; layers whose input never ran are left out.
+
+        Raises:
+            ModelError: nothing is left.
+        """
+        stage, static = self.stage, self.stage.mode == "static"
+        ran = [t for t in self.targets if not static or any(s in activations for s in self.placement.reads[t.path])]
+        idle = [target.path for target in self.targets if target not in ran]
+        if not ran:
+            raise ModelError(f"nothing to quantize: the calibration ran none of {len(idle)} layers")
+        dynamic = DynamicGrid(**_dynamic(stage))
         return QuantizeDecision(
-            observer=self.stage.observer,
-            weights={layer.params["weight"]: self._weight_grid(layer, weights) for layer in chosen},
-            activations={layer.path: self._grid(np.asarray(thresholds[layer.path]), None) for layer in chosen},
-            skipped=skipped + tuple(Skipped(layer=path, reason=reason) for path in unused),
+            observer=stage.observer if stage.qat is None else f"qat {stage.qat.activation_ranges}",
+            mode=stage.mode,
+            weights={target.weight: weights[target.weight] for target in ran},
+            activations={str(site): grid for site, grid in activations.items()},
+            dynamic={target.path: dynamic for target in ran} if stage.mode == "dynamic" else {},
+            folds=tuple(fold for fold in self.folds if fold.weight in {target.weight for target in ran}),
+            skipped=(
+                *self.skipped,
+                *(Skipped(layer=path, reason="the calibration batches did not run it") for path in idle),
+            ),
         )
 
-    def apply(self, backend: Backend, model: Model, decision: QuantizeDecision) -> Model:
-        """Fake-quantize activations from now on, and write the weights that int8 can hold."""
-        integers = integer_weights(decision, backend.read(model))
-        model = backend.write(model, real_weights(decision, integers), partial=True)
-        return backend.insert_quant(model, decision)
+    def weight_grid(self, target: Target, weight: Array) -> QuantParams:
+        """The grid of a weight as it is given, folded or not."""
+        stage = self.stage
+        axis = None if stage.weight_granularity == "tensor" else 0
+        if stage.group_size is not None and weight[0].size % stage.group_size:
+            raise ModelError(
+                f"group_size {stage.group_size} does not divide the {weight[0].size} weights of a channel of "
+                f"'{target.path}'; ignored_layers can leave the layer out"
+            )
+        bits, symmetric = self.weight_bits(target.path), stage.weight_scheme == "symmetric"
+        scheme = Scheme(bits, symmetric, True, stage.definition)
+        low, high = limits_of(weight, axis, stage.group_size)
+        return grid_of(low, high, scheme, axis, stage.group_size)
 
-    def _weight_grid(self, layer: Layer, weights: Mapping[str, Array]) -> QuantParams:
-        weight = weights[layer.params["weight"]]
-        if not np.isfinite(weight).all():
-            bad = int(weight.size - np.isfinite(weight).sum())
-            raise ModelError(f"layer '{layer.path}': {bad} of {weight.size} entries of its weight are not finite")
-        return self._grid(np.abs(weight).reshape(weight.shape[0], -1).max(axis=1), 0)
 
-    def _grid(self, threshold: Array, axis: int | None) -> QuantParams:
-        bits = self.stage.activation_bits if axis is None else self.stage.weight_bits
-        step = symmetric_step(threshold, bits)
-        limit = symmetric_limit(bits)
-        return QuantParams(step=tuple(step.reshape(-1).tolist()), low=-limit, high=limit, axis=axis)
+def apply(backend: Backend, model: Model, decision: QuantizeDecision) -> Model:
+    """Fold, write the weights that the integers stand for, and fake-quantize activations from now on."""
+    weights = backend.read(model)
+    folded = fold_weights(weights, decision.folds)
+    integers = integer_weights(decision, {**weights, **folded})
+    model = backend.write(model, {**folded, **real_weights(decision, integers)}, partial=True)
+    return insert(backend, model, decision)
+
+
+def insert(backend: Backend, model: Model, decision: QuantizeDecision) -> Model:
+    """Fake-quantize the decision's activations from now on; the weights are left as they are."""
+    quants: dict[Site, FakeQuant] = {}
+    for key, grid in decision.activations.items():
+        quants[Site.parse(key)] = Static.of(grid, f"quantize '{key}'")
+    for key, form in decision.dynamic.items():
+        quants[Site.parse(key)] = Dynamic(form)
+    return backend.insert_quant(model, quants)
 
 
 def integer_weights(decision: QuantizeDecision, weights: Mapping[str, Array]) -> dict[str, NDArray[np.int8]]:
-    """The int8 weights of a decision: canonical name -> array, shapes as in `weights`."""
-    return {name: to_integers(weights[name], grid) for name, grid in decision.weights.items()}
+    """The integer weights of a decision: canonical name -> int8, shapes as in `weights`, which are folded already."""
+    return {name: to_integers(weights[name], grid).astype(np.int8) for name, grid in decision.weights.items()}
 
 
 def real_weights(decision: QuantizeDecision, integers: Mapping[str, NDArray[np.int8]]) -> dict[str, Array]:
-    """The float32 values that int8 weights stand for."""
+    """The float32 values that integer weights stand for."""
     return {name: to_reals(integers[name], grid) for name, grid in decision.weights.items()}
+
+
+def new_observer(stage: QuantizeStage) -> Observer:
+    """An observer for one tensor; SlimbridgeError for an option that it does not have."""
+    make, options = OBSERVERS.get(stage.observer), stage.observer_options
+    allowed = list(inspect.signature(make).parameters)
+    for name in options:
+        if name not in allowed:
+            raise SlimbridgeError(
+                f"observer '{stage.observer}' has no option '{name}'{nearest(name, allowed)}; "
+                f"allowed: {listed(allowed)}"
+            )
+    try:
+        return make(**options)
+    except TypeError as error:
+        raise SlimbridgeError(f"observer '{stage.observer}': {options}: {error}") from error
+
+
+def _dynamic(stage: QuantizeStage) -> dict[str, int | bool]:
+    bits, symmetric = stage.activation_bits, stage.activation_scheme == "symmetric"
+    low, high = (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    return {"low": low, "high": high, "symmetric": symmetric}

@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from slimbridge.curves import Sensitivity
 from slimbridge.errors import RunError
+from slimbridge.report.deploy_records import Deployment
+from slimbridge.report.record import Record
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
-
-
-class LatencyRecord(_Record):
+class LatencyRecord(Record):
     """Median time of one forward pass and how it was measured.
 
     Attributes:
@@ -35,7 +33,7 @@ class LatencyRecord(_Record):
     how: str
 
 
-class EpochRecord(_Record):
+class EpochRecord(Record):
     """One epoch of training: mean of each loss term over the epoch's samples, learning rate at its end, seconds."""
 
     epoch: int
@@ -44,7 +42,7 @@ class EpochRecord(_Record):
     seconds: float
 
 
-class StageRecord(_Record):
+class StageRecord(Record):
     """The model after a stage.
 
     Attributes:
@@ -86,7 +84,7 @@ class StageRecord(_Record):
     zeros: dict[str, tuple[int, int]] = {}
 
 
-class RunReport(_Record):
+class RunReport(Record):
     """One run on one backend.
 
     Attributes:
@@ -98,6 +96,7 @@ class RunReport(_Record):
         metric_name: e.g. "accuracy".
         metric_is_share: is the metric 0..1, to be shown as per cent?
         stages: the baseline and each stage, in order.
+        deployment: exported forms and their times, once they were measured.
     """
 
     plan: str
@@ -108,6 +107,7 @@ class RunReport(_Record):
     metric_name: str
     metric_is_share: bool = True
     stages: tuple[StageRecord, ...]
+    deployment: Deployment | None = None
 
     def __str__(self) -> str:
         """The table that a terminal shows."""
@@ -116,7 +116,7 @@ class RunReport(_Record):
         return render_run(self)
 
 
-class Verdict(_Record):
+class Verdict(Record):
     """One claim of the parity of two runs.
 
     Attributes:
@@ -140,7 +140,7 @@ class Verdict(_Record):
     reason: str
 
 
-class Comparison(_Record):
+class Comparison(Record):
     """Several runs of one plan, and the verdicts of each later run against the first."""
 
     runs: tuple[RunReport, ...]

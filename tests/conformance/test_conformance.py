@@ -10,7 +10,9 @@ from slimbridge.conformance import (
     layers,
     masks,
     models,
+    observation,
     operations,
+    quantization,
     removals,
     run_conformance,
     surgery,
@@ -20,7 +22,7 @@ from slimbridge.conformance import (
 from slimbridge.conformance.suite import Bench, case
 from slimbridge.ports import Backend, Device
 
-MODULES = (layers, masks, models, operations, removals, surgery, tracing, training)
+MODULES = (layers, masks, models, observation, operations, quantization, removals, surgery, tracing, training)
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -17,7 +17,9 @@ from slimbridge.conformance import (
     layers,
     masks,
     models,
+    observation,
     operations,
+    quantization,
     removals,
     run_conformance,
     surgery,
@@ -29,7 +31,7 @@ from slimbridge.decisions import PruneDecision, QuantizeDecision
 from slimbridge.graph import Graph
 from slimbridge.ports import Array, Backend, Device, Loss, Model, Optimizer, OptimizerSettings, Pass, Tensor
 
-MODULES = (layers, masks, models, operations, removals, surgery, tracing, training)
+MODULES = (layers, masks, models, observation, operations, quantization, removals, surgery, tracing, training)
 STATISTICS = ("running_mean", "running_var")
 
 

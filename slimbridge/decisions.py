@@ -151,8 +151,7 @@ class Site:
     def held(self, name: str) -> str:
         """What a layer calls a parameter or buffer of this site's fake quantization: "quant_input_step"."""
         call = f"_{self.call}" if self.call is not None else ""
-        argument = str(self.argument) if self.argument or call else ""
-        return f"quant_{self.side}{argument}{call}_{name}"
+        return f"quant_{self.side}{self.argument or ''}{call}_{name}"
 
     @classmethod
     def parse(cls, text: str) -> Site:
@@ -161,7 +160,8 @@ class Site:
         if match is None:
             raise RunError(f"'{text}' names no tensor; allowed: '<layer>', '<layer>:output', '<layer>:input.1#0'")
         path, side, argument, call = match.groups()
-        return cls(path, side or "input", int(argument or 0), None if call is None else int(call))
+        sides: dict[str | None, Literal["input", "output", "weight"]] = {"output": "output", "weight": "weight"}
+        return cls(path, sides.get(side, "input"), int(argument or 0), None if call is None else int(call))
 
 
 _SITE = re.compile(r"([^:#]*)(?::(input|output|weight)(?:\.(\d+))?(?:#(\d+))?)?")

@@ -111,7 +111,7 @@ class _Bench:
     def _entries(self) -> Iterator[_Entry]:
         yield self._eager()
         for export in self.exports:
-            names = runtimes() if export.form == ONNX else self._own_runtime(export.form)
+            names = _onnx_runtimes() if export.form == ONNX else self._own_runtime(export.form)
             for name, label in names.items():
                 found = self._checked(export, name, label)
                 if found is not None:
@@ -161,7 +161,7 @@ class _Bench:
                 f"({allowed.unit}), {allowed.value:g} is allowed"
             )
             return None
-        fused = fusion(folder / "model.onnx") if name == "onnxruntime" and export.integer else {}
+        fused = fusion(folder / "model.onnx").counts if name == "onnxruntime" and export.integer else {}
         row = Timed(
             form=export.form,
             of=export.of,
@@ -188,6 +188,10 @@ class _Bench:
                     times.append(time.perf_counter() - started)
             self.progress.step()
         return tuple(_timed(entry.row, times) for entry, times in zip(entries, seconds, strict=True))
+
+
+def _onnx_runtimes() -> dict[str, str]:
+    return {name: f"{name} {version}" for name, version in runtimes().items()}
 
 
 def _call(run: Runner, inputs: Sequence[Array]) -> list[Array]:

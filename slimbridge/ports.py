@@ -270,6 +270,9 @@ class Ops(Protocol):
     def constant(self, array: Array, like: Tensor) -> Tensor:
         """A tensor of an array of numbers, in the dtype and on the device of `like`; no gradient."""
 
+    def divide(self, x: Tensor, y: Tensor) -> Tensor:
+        """The quotient x / y, rounded as IEEE 754 says; the operator may be one unit in the last place off."""
+
     def sum(self, x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor: ...
     def mean(self, x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor: ...
     def max(self, x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor: ...

@@ -62,6 +62,19 @@ def blocks(sizes: tuple[int, int, int]) -> Iterator[Block]:
                 yield slice(i, i + first), slice(j, j + middle), slice(k, k + last)
 
 
+def extremes(values: Array) -> tuple[Array, Array]:
+    """Smallest and largest entry for each index of the middle of three axes, NaN where one is; each entry read once."""
+    low = np.full(values.shape[1], np.inf, values.dtype)
+    high = np.full(values.shape[1], -np.inf, values.dtype)
+    for block in blocks((values.shape[0], values.shape[1], values.shape[2])):
+        part = values[block]
+        axes = (2, 0) if part.shape[2] > 1 else (0, 1)  # first where the entries lie side by side
+        for found, reduced in ((low, np.minimum), (high, np.maximum)):
+            own = found[block[1]]
+            reduced(own, reduced.reduce(reduced.reduce(part, axes[0]), axes[1]), out=own)
+    return low, high
+
+
 def contiguous(tensor: Any) -> Any:
     """The tensor itself, or a copy without gaps."""
     return tensor if tensor.is_contiguous() else paddle.Tensor.contiguous(tensor)

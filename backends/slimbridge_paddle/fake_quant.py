@@ -13,7 +13,8 @@ import paddle
 from paddle.autograd import PyLayer
 
 from slimbridge.ports import Array
-from slimbridge_paddle._compat import round_half_even
+from slimbridge_paddle import buffers
+from slimbridge_paddle._compat import round_half_even, true_divide
 from slimbridge_paddle.buffers import Block, around, blocks, contiguous, on_cpu, view
 
 Tensor: TypeAlias = Any
@@ -50,12 +51,9 @@ def extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     if not on_cpu(x):
         rest = _rest(x, axis)
         return (x.clone(), x.clone()) if rest == [] else (paddle.amin(x, axis=rest), paddle.amax(x, axis=rest))
-    values = view(contiguous(x)).reshape(around(x.shape, axis))
-    first = 2 if values.shape[2] > 1 else 0  # where the entries lie side by side
-    low, high = values.min(first), values.max(first)
-    last = 0 if first == 2 else 1
-    low, high = (low.min(), high.max()) if axis is None else (low.min(last), high.max(last))
-    return paddle.to_tensor(low), paddle.to_tensor(high)
+    low, high = buffers.extremes(view(contiguous(x)).reshape(around(x.shape, axis)))
+    shape = [] if axis is None else [-1]
+    return paddle.to_tensor(low.reshape(shape)), paddle.to_tensor(high.reshape(shape))
 
 
 def _rest(x: Tensor, axis: int | None) -> list[int] | None:
@@ -83,7 +81,7 @@ class _FakeQuant(PyLayer):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        grad = contiguous(grad.detach())
+        grad = contiguous(grad)
         passed = _masked(grad, ctx.outside)
         to_step = _step_gradient(grad, passed, *ctx.kept) if ctx.kept else None
         return None if ctx.constant else passed, to_step  # Paddle refuses a gradient that it has no use for
@@ -105,7 +103,7 @@ def _forward(x: Tensor, step: Tensor, grid: Grid, marked: bool) -> tuple[Tensor,
 
 def _integers(x: Tensor, step: Tensor, zero: Tensor | None, away: bool) -> Tensor:
     """round(x / step) + zero_point, in Paddle's operations."""
-    scaled = paddle.divide(x, step)
+    scaled = true_divide(x, step)
     if away:
         half = paddle.full_like(scaled, _half(scaled.dtype == paddle.float64))
         rounded = paddle.trunc(paddle.where(scaled < 0, scaled - half, scaled + half))
@@ -119,6 +117,7 @@ def _half(double: bool) -> float:
     return float(np.nextafter(0.5, 0)) if double else float(np.nextafter(np.float32(0.5), np.float32(0)))
 
 
+@np.errstate(all="ignore")  # infinities and NaN are no surprise
 def _cpu_forward(x: Tensor, step: Tensor, grid: Grid, marked: bool) -> tuple[Tensor, Array | None]:
     made = paddle.empty_like(x)
     sizes = around(x.shape, grid.axis)
@@ -127,7 +126,8 @@ def _cpu_forward(x: Tensor, step: Tensor, grid: Grid, marked: bool) -> tuple[Ten
     places = []
     for block in blocks(sizes):
         values, own = target[block], _part(steps, block)
-        _round(source[block], own, grid.away, values)
+        np.divide(source[block], own, out=values)
+        _round(values, grid.away, values)
         zero = None if zeros is None else _part(zeros, block)
         if zero is not None:
             values += zero
@@ -151,15 +151,13 @@ def _part(values: Array, block: Block) -> Array:
     return values if values.size == 1 else values[:, block[1]]
 
 
-def _round(x: Array, step: Array, away: bool, out: Array) -> None:
-    """The nearest whole number of steps."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        np.divide(x, step, out=out)
+def _round(value: Array, away: bool, out: Array) -> None:
+    """The nearest whole number; `out` may be the array itself."""
     if away:
-        out += np.copysign(out.dtype.type(_half(out.dtype == np.float64)), out)
+        np.add(value, np.copysign(value.dtype.type(_half(value.dtype == np.float64)), value), out=out)
         np.trunc(out, out=out)
     else:
-        np.rint(out, out=out)
+        np.rint(value, out=out)
 
 
 def _outside(values: Array, grid: Grid, block: Block, sizes: tuple[int, int, int]) -> Array:
@@ -193,23 +191,30 @@ def _step_gradient(grad: Tensor, passed: Tensor, x: Tensor, step: Tensor, grid: 
         return paddle.to_tensor(_cpu_step_gradient(grad, passed, contiguous(x), step, grid).reshape(step.shape))
     along, zero = grid.along(step, x), None if grid.zero is None else grid.along(grid.zero, x)
     integers = paddle.clip(_integers(x, along, zero, grid.away), grid.low, grid.high)
-    slope = (integers if zero is None else integers - zero) * grad - paddle.divide(x, along) * passed
+    slope = (integers if zero is None else integers - zero) * grad - true_divide(x, along) * passed
     rest = _rest(x, grid.axis)
     return (slope if rest == [] else paddle.sum(slope, axis=rest)).reshape(step.shape)
 
 
+@np.errstate(all="ignore")
 def _cpu_step_gradient(grad: Tensor, passed: Tensor, x: Tensor, step: Tensor, grid: Grid) -> Array:
     sizes = around(x.shape, grid.axis)
     source, upper, through = (view(tensor).reshape(sizes) for tensor in (x, grad, passed))
     steps, zeros = _rows(step), None if grid.zero is None else _rows(grid.zero)
     total = np.zeros(sizes[1], source.dtype)
     for block in blocks(sizes):
-        own = _part(steps, block)
-        slope = np.empty_like(source[block])
-        _round(source[block], own, grid.away, slope)
-        zero = 0 if zeros is None else _part(zeros, block)
-        np.clip(slope, grid.low - zero, grid.high - zero, out=slope)
-        slope *= upper[block]
-        slope -= source[block] / own * through[block]
+        value = source[block] / _part(steps, block)
+        slope = np.empty_like(value)
+        _round(value, grid.away, slope)
+        if passed is grad:  # nothing is outside
+            slope -= value
+            slope *= upper[block]
+        else:
+            zero = 0 if zeros is None else _part(zeros, block)
+            np.minimum(slope, grid.high - zero, out=slope)
+            np.maximum(slope, grid.low - zero, out=slope)
+            slope *= upper[block]
+            value *= through[block]
+            slope -= value
         total[block[1]] += slope.sum((0, 2))
     return total

@@ -13,6 +13,7 @@ there but twice as coarse elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import numpy as np
 import paddle
 
 from slimbridge.decisions import QuantizeDecision
-from slimbridge.errors import FAILURES, BackendError, ModelError, RunError, first_line, listed
-from slimbridge.ports import Array
+from slimbridge.errors import FAILURES, BackendError, ModelError, RunError, listed
+from slimbridge.ports import Array, tensors_in
 from slimbridge_paddle import qdq
 from slimbridge_paddle._compat import quiet_descriptors
 from slimbridge_paddle.qdq import INT8
@@ -49,17 +50,43 @@ def _converted(array: Any) -> Array:
     return np.ascontiguousarray(values.astype(kind)).reshape(values.shape)
 
 
-def save(model: Any, target: Path, inputs: list[Any]) -> None:
-    """`paddle.jit.save`, in the representation of the moment; Paddle is in dynamic mode afterwards.
+def _cause(error: Exception) -> str:
+    """The line that says what went wrong; Paddle's translation of a forward puts source lines before and after it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if line.split(":")[0].endswith("Error")]
+    return (telling or lines[-1:] or [type(error).__name__])[0]
+
+
+class _Caller(paddle.nn.Layer):
+    """Calls the model, whatever its forward calls its arguments."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def forward(self, inputs: Sequence[Any]) -> Any:  # one list: Paddle refuses *inputs
+        return tensors_in(self.model(*inputs))  # Paddle would sort a dict's
+
+
+def save(model: Any, target: Path, inputs: list[Any], old: bool = False) -> None:
+    """`paddle.jit.save`; Paddle is in dynamic mode afterwards.
+
+    Args:
+        model: it is in eval mode.
+        target: file name without suffix.
+        inputs: what `specs` gave.
+        old: in the representation that Paddle had before 3.0.
 
     Raises:
         ModelError: Paddle cannot make a program of the model.
     """
+    caller = _Caller(model)  # before the guard, which leaves the dynamic mode
     try:
-        with quiet_descriptors():
-            paddle.jit.save(model, str(target), input_spec=inputs)
-    except FAILURES as error:
-        raise ModelError(f"export: Paddle cannot save this {type(model).__name__}: {first_line(error)}") from error
+        with quiet_descriptors(), paddle.pir_utils.OldIrGuard() if old else nullcontext():
+            paddle.jit.save(caller, str(target), input_spec=[inputs])
+    except Exception as error:  # noqa: BLE001  (a user's forward may raise anything)
+        raise ModelError(f"export: Paddle cannot save this {type(model).__name__}: {_cause(error)}") from error
     finally:
         paddle.disable_static()
 
@@ -73,11 +100,9 @@ def export(model: Any, inputs: Sequence[Array], folder: Path, form: str, decisio
     """
     left = qdq.quantize(model, qdq.check(decision)) if form == INT8 else tuple
     try:
-        with paddle.pir_utils.OldIrGuard():
-            save(model, folder / "model", specs(inputs, free=True))
+        save(model, folder / "model", specs(inputs, free=True), old=True)
     except ModelError:
-        with paddle.pir_utils.OldIrGuard():
-            save(model, folder / "model", specs(inputs, free=False))
+        save(model, folder / "model", specs(inputs, free=False), old=True)
     if left():
         raise ModelError(f"export: no pass reaches {listed(left())}, which the decision puts on a grid")
     (folder / "model.pdiparams.info").unlink(missing_ok=True)
@@ -107,7 +132,7 @@ def load(folder: Path, form: str, threads: int) -> Callable[[Sequence[Array]], l
         with quiet_descriptors():
             predictor = paddle.inference.create_predictor(config)
     except FAILURES as error:
-        raise ModelError(f"load: Paddle Inference cannot load {program}: {first_line(error)}") from error
+        raise ModelError(f"load: Paddle Inference cannot load {program}: {_cause(error)}") from error
     return lambda inputs: _run(predictor, inputs)
 
 
@@ -122,4 +147,4 @@ def _run(predictor: Any, inputs: Sequence[Array]) -> list[Array]:
         predictor.run()
         return [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
     except FAILURES as error:
-        raise ModelError(f"input: the exported model cannot run on it: {first_line(error)}") from error
+        raise ModelError(f"input: the exported model cannot run on it: {_cause(error)}") from error

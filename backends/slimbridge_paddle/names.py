@@ -53,6 +53,11 @@ class Entry:
     attribute: str
 
     @property
+    def where(self) -> tuple[Any, str, bool]:
+        """Owner, attribute, and is it transposed? A copied model finds its own tensor there."""
+        return self.owner, self.attribute, self.transposed
+
+    @property
     def inserted(self) -> bool:
         """Is it kept by a fake quantization, and no part of the model itself?"""
         return self.attribute in inserted(self.owner)

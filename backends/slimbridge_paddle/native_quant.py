@@ -152,10 +152,10 @@ def _observed(model: Any, paths: Sequence[str], activation: Any, weight: Any) ->
 
 def _thresholds(layer: Any) -> tuple[Array, Array] | None:
     """Of the input, shape (1,), and of the weight, shape (channels,); None if the layer did not run."""
-    if layer.weight_quanter.scales() is None:
+    if layer.weight_quanter.max_value() is None:  # its scales() would fail
         return None
     found = layer.activation_quanter.scales()
-    threshold = copied(found) if isinstance(found, paddle.Tensor) else np.asarray(found)
+    threshold = copied(found) if isinstance(found, paddle.Tensor) else np.asarray(found, np.float32)
     return as_float64(threshold).reshape(1), as_float64(copied(layer.weight_quanter.scales())).reshape(-1)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 
 from slimbridge.ports import Array, Tensor
-from slimbridge_paddle._compat import round_half_even
+from slimbridge_paddle._compat import round_half_even, true_divide
 from slimbridge_paddle.fake_quant import Grid, extremes, fake_quant
 from slimbridge_paddle.tensors import copied, dtype_name, place_of
 
@@ -38,6 +38,10 @@ class PaddleOps:
     def constant(self, array: Array, like: Tensor) -> Tensor:
         """A tensor of an array, in the dtype and on the device of `like`."""
         return paddle.to_tensor(np.asarray(array, dtype_name(like)), place=place_of(like))
+
+    def divide(self, x: Tensor, y: Tensor) -> Tensor:
+        """The quotient, rounded as IEEE 754 says."""
+        return true_divide(x, y)
 
     def sum(self, x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Sum over axes."""

@@ -21,7 +21,7 @@ from slimbridge_paddle.names import find_layers, layers, read, walk
 
 INT8 = "paddle_int8"
 _SIGNED, _UNSIGNED = ((-128, 127), (-127, 127)), (0, 255)
-_CHANNEL_AXES: Mapping[type, int] = {paddle.nn.Conv2D: 0, paddle.nn.Linear: 1}
+_MOVING = (paddle.nn.MaxPool2D, paddle.nn.Dropout, paddle.nn.Flatten, paddle.nn.Identity)
 _OFF_GRID = 0.01
 """Largest distance of a weight from its grid, in steps: what float32 loses, and no more."""
 
@@ -72,15 +72,30 @@ def quantize(model: Any, decision: QuantizeDecision) -> Callable[[], tuple[str, 
     reached: set[str] = set()
     calls = _Calls()
     model.register_forward_pre_hook(lambda layer, args: calls.clear(), prepend=True)
+    made: dict[str, _Snap] = {}
+    for layer in model.sublayers():
+        if isinstance(layer, _Product):
+            layer.made = made
+        elif isinstance(layer, _MOVING):
+            layer.register_forward_post_hook(partial(_moved, made))
     by_layer: dict[int, dict[Site, _Snap]] = {}
     for number, (site, grid) in enumerate(sites.items()):
         layer = owners[site.path]
-        snap = _Snap(_threshold(grid), partial(reached.add, str(site)))
+        snap = _Snap(_threshold(grid), partial(reached.add, str(site)), made)
+        if isinstance(layer, _Product) and site == Site(site.path):
+            layer.quant_input = snap
+            continue
         layer.add_sublayer(f"quant_site_{number}", snap)
         by_layer.setdefault(id(layer), {})[site] = snap
-    for layer in {id(layer): layer for layer in owners.values()}.values():
+    for layer in {id(layer): layer for layer in owners.values() if id(layer) in by_layer}.values():
         _hook(layer, by_layer[id(layer)], calls)
     return lambda: tuple(str(site) for site in sites if str(site) not in reached)
+
+
+def _moved(made: Mapping[str, _Snap], layer: Any, args: Any, output: Any) -> Any:
+    """What a layer that moves entries makes of a tensor on a grid is on that grid, and the runtime must be told."""
+    given = made.get(getattr(args[0], "name", "")) if args else None
+    return output if given is None or not isinstance(output, paddle.static.Variable) else given(output)
 
 
 class _Calls(Counter[int]):
@@ -144,27 +159,50 @@ class _Grid(paddle.nn.Layer):
 
 
 class _Snap(_Grid):
-    """Quantizes and dequantizes an activation."""
+    """Quantizes and dequantizes an activation; `made` is filled with the names of what it gave."""
 
-    def __init__(self, threshold: Array, note: Callable[[], None]) -> None:
+    def __init__(self, threshold: Array, note: Callable[[], None], made: dict[str, _Snap]) -> None:
         super().__init__(threshold)
         self._note = note
+        self._made = made
 
     def forward(self, x: Any) -> Any:
         self._note()
-        return _operation("dequantize_linear", _operation("quantize_linear", x, self, -1), self, -1)
+        made = _operation("dequantize_linear", _operation("quantize_linear", x, self, -1), self, -1)
+        self._made[made.name] = self
+        return made
 
 
 class _Weight(_Grid):
     """An int8 weight, dequantized."""
 
-    def __init__(self, integers: Array, threshold: Array, axis: int) -> None:
+    def __init__(self, integers: Array, threshold: Array) -> None:
         super().__init__(threshold)
-        self._axis = axis
         self.register_buffer("integers", paddle.to_tensor(integers))
 
     def forward(self) -> Any:
-        return _operation("dequantize_linear", self.integers, self, self._axis)
+        return _operation("dequantize_linear", self.integers, self, 0)
+
+
+class _Product(paddle.nn.Linear):
+    """A linear layer as a convolution of 1x1 pixels; its weight is (out, in, 1, 1).
+
+    Paddle Inference 3.3 takes the steps of a linear layer's int8 weight along the wrong axis; a convolution's are
+    right. Its input is quantized behind the reshape, where the runtime looks for it.
+    """
+
+    made: Mapping[str, _Snap]
+    quant_input: _Snap
+
+    def forward(self, x: Any) -> Any:
+        weight = self.weight
+        outputs, inputs = int(weight.shape[0]), int(weight.shape[1])
+        pixels = paddle.reshape(x, [-1, inputs, 1, 1])
+        snap = self.quant_input if hasattr(self, "quant_input") else self.made.get(x.name)
+        if snap is not None:
+            pixels = snap(pixels)
+        made = paddle.nn.functional.conv2d(pixels, weight, self.bias)
+        return paddle.reshape(made, [*([-1] if len(x.shape) > 1 else []), *x.shape[1:-1], outputs])
 
 
 def _weights(model: Any, decision: QuantizeDecision, factors: Mapping[str, Array]) -> None:
@@ -180,14 +218,15 @@ def _weights(model: Any, decision: QuantizeDecision, factors: Mapping[str, Array
             continue
         used.add(name)
         native = table[layer.path]
-        axis = next((axis for kind, axis in _CHANNEL_AXES.items() if isinstance(native, kind)), None)
-        if axis is None:
+        if type(native).forward not in (paddle.nn.Conv2D.forward, paddle.nn.Linear.forward):
             raise BackendError(f"export: '{name}' is a {type(native).__name__}'s; {INT8} takes Conv2D and Linear")
         integers = _integers(name, arrays[name], decision.weights[name])
         threshold = np.broadcast_to(_threshold(decision.weights[name]), integers.shape[:1])
         threshold = threshold * factors.get(name, 1.0)
-        stored = np.ascontiguousarray(integers.T) if axis else integers
-        _replace_weight(native, _Weight(stored, threshold, axis))
+        if isinstance(native, paddle.nn.Linear):
+            native.__class__ = _Product
+            integers = integers[:, :, None, None]
+        _replace_weight(native, _Weight(integers, threshold))
     if len(used) < len(decision.weights):
         missing = [name for name in decision.weights if name not in used]
         raise BackendError(f"export: {listed(missing)}: no layer's weight; {INT8} takes those of Conv2D and Linear")

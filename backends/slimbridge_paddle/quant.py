@@ -12,9 +12,9 @@ import paddle
 from slimbridge.decisions import Site
 from slimbridge.errors import ModelError, nearest
 from slimbridge.ports import FakeQuant
-from slimbridge_paddle.names import BATCH_NORMS, Entry, every_name, find_layers
+from slimbridge_paddle.names import BATCH_NORMS, every_name, find_layers
 from slimbridge_paddle.ops import PaddleOps
-from slimbridge_paddle.tensors import assign, dtype_name, model_dtype, model_place, native, replace_data
+from slimbridge_paddle.tensors import assign, dtype_name, is_float, model_dtype, model_place, native, replace_data
 
 Tensor: TypeAlias = Any
 Where: TypeAlias = tuple[Any, str]
@@ -31,27 +31,31 @@ class Inserted:
         site: the tensor.
         quant: what to do to it.
         own: name of `quant.parameters` and `buffers` -> where it is kept.
+
+    Attributes:
         reads: name of `quant.reads` -> where the model keeps it, and is it transposed?
     """
 
-    def __init__(
-        self, site: Site, quant: FakeQuant, own: Mapping[str, Where], reads: Mapping[str, tuple[Any, str, bool]]
-    ) -> None:
-        self.site, self.quant, self.own, self.reads = site, quant, own, reads
+    def __init__(self, site: Site, quant: FakeQuant, own: Mapping[str, Where]) -> None:
+        self.site, self.quant, self.own = site, quant, own
+        self.reads: Mapping[str, tuple[Any, str, bool]] = {}
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
-        """The tensor on its grid; what the fake quantization keeps is brought up to date in a training step."""
+        """The tensor on its grid; what the fake quantization keeps is brought up to date."""
+        if not is_float(x):
+            raise ModelError(f"quantize '{self.site}': the tensor is of {dtype_name(x)}; floating ones are allowed")
         state = {name: _stored(*where) for name, where in self.own.items()}
-        if training:  # a backward pass may need the old values
-            state.update({name: state[name].clone() for name in self.quant.buffers})
+        state.update({name: state[name].clone() for name in self.quant.buffers})  # for a backward pass to come
         for name, (layer, attribute, transposed) in self.reads.items():
             tensor = _stored(layer, attribute)
             state[name] = paddle.transpose(tensor, [1, 0]) if transposed else tensor
         made, changed = self.quant(_OPS, x, state, training)
-        if training:
-            for name, value in changed.items():
-                kept = _stored(*self.own[name])
-                replace_data(kept, value.detach().astype(kept.dtype).reshape(kept.shape).clone())
+        for name, value in changed.items():
+            kept = _stored(*self.own[name])
+            if value.shape != kept.shape:
+                found, wanted = tuple(value.shape), tuple(kept.shape)
+                raise ModelError(f"quantize '{self.site}': '{name}' became of shape {found}, it has {wanted}")
+            replace_data(kept, value.detach().astype(kept.dtype).clone())
         return made
 
 
@@ -110,7 +114,8 @@ class Forward:
             else:
                 output = self.inner(*args, **kwargs)
         finally:
-            self.layer.__dict__.pop("weight", None)
+            if weight is not None:
+                del self.layer.__dict__["weight"]
         for tap in self.taps:
             tap(output)
         return self._quantized(output, "output", call)
@@ -170,8 +175,9 @@ def wrapped(layer: Any) -> Forward | None:
 
 @contextmanager
 def training_pass(model: Any, train: bool = True) -> Iterator[None]:
-    """The passes inside are those of a training step."""
-    sessions = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Session)]
+    """The passes inside are those of a training step, of whatever part of the model has something inserted."""
+    layers = model.sublayers(include_self=True)
+    sessions = [hook for layer in layers for hook in layer._forward_pre_hooks.values() if isinstance(hook, Session)]
     for session in sessions:
         session.training = train
     try:
@@ -205,8 +211,7 @@ def insert_quant(model: Any, quants: Mapping[Site, FakeQuant]) -> None:
     """
     layers = find_layers(model, [site.path for site in quants], "quantize")
     _check(layers, quants)
-    known = {name: entry for name, entry in every_name(model).items() if not entry.inserted}
-    reads = {site: _reads(site, quant, known) for site, quant in quants.items()}
+    _check_reads(model, quants)
     remove_quant(model)
     if not quants:
         return
@@ -218,8 +223,11 @@ def insert_quant(model: Any, quants: Mapping[Site, FakeQuant]) -> None:
             forward = Forward(layer, session)
             layer.__dict__["forward"] = forward
             session.forwards.append(forward)
-        own = _register(model, forward, site, quant)
-        forward.sites.append(Inserted(site, quant, own, reads[site]))
+        forward.sites.append(Inserted(site, quant, _register(model, forward, site, quant)))
+    known = every_name(model)
+    for forward in session.forwards:
+        for one in forward.sites:
+            one.reads = {name: known[read].where for name, read in one.quant.reads.items()}
     model.register_forward_pre_hook(session, prepend=True)
 
 
@@ -230,29 +238,25 @@ def _check(layers: Mapping[str, Any], quants: Mapping[Site, FakeQuant]) -> None:
         layer = layers[site.path]
         if site.side == "weight" and layer._parameters.get("weight") is None:
             raise ModelError(f"quantize '{site}': layer '{site.path}' has no weight")
-        first = seen.setdefault((id(layer), _prefix(site)), site)
+        first = seen.setdefault((id(layer), site.held("")), site)
         if first != site:
             raise ModelError(f"quantize: '{first}' and '{site}' are one tensor, of a layer with two names")
         for name in (*quant.parameters, *quant.buffers):
-            forward, attribute = wrapped(layer), _prefix(site) + name
+            forward, attribute = wrapped(layer), site.held(name)
             if hasattr(layer, attribute) and not (forward and attribute in forward.registered):
                 raise ModelError(f"quantize '{site}': layer '{site.path}' has an attribute '{attribute}' of its own")
 
 
-def _reads(site: Site, quant: FakeQuant, known: Mapping[str, Entry]) -> dict[str, tuple[Any, str, bool]]:
-    found = {}
-    for name, wanted in quant.reads.items():
-        if wanted not in known:
-            raise ModelError(f"quantize '{site}': the model has no parameter '{wanted}'{nearest(wanted, known)}")
-        entry = known[wanted]
-        found[name] = (entry.owner, entry.attribute, entry.transposed)
-    return found
-
-
-def _prefix(site: Site) -> str:
-    argument = str(site.argument) if site.argument or site.call is not None else ""
-    call = "" if site.call is None else f"_{site.call}"
-    return f"quant_{site.side}{argument}{call}_"
+def _check_reads(model: Any, quants: Mapping[Site, FakeQuant]) -> None:
+    """Raise ModelError for a name that is none of the model's, nor of what is to be inserted."""
+    known = {name for name, entry in every_name(model).items() if not entry.inserted}
+    for site, quant in quants.items():
+        start = f"{site.path}." if site.path else ""
+        known |= {start + site.held(name) for name in (*quant.parameters, *quant.buffers)}
+    for site, quant in quants.items():
+        for name in quant.reads.values():
+            if name not in known:
+                raise ModelError(f"quantize '{site}': the model has no parameter '{name}'{nearest(name, known)}")
 
 
 def _register(model: Any, forward: Forward, site: Site, quant: FakeQuant) -> dict[str, Where]:
@@ -260,9 +264,10 @@ def _register(model: Any, forward: Forward, site: Site, quant: FakeQuant) -> dic
     layer, own = forward.layer, {}
     dtype, place = model_dtype(model), model_place(model)
     for name, value in (*quant.parameters.items(), *quant.buffers.items()):
-        attribute = _prefix(site) + name
-        tensor = native(np.asarray(value), dtype, place)
-        if name in quant.parameters:
+        attribute = site.held(name)
+        trained = name in quant.parameters
+        tensor = native(np.asarray(value, np.float64 if trained else None), dtype, place)
+        if trained:
             made = paddle.create_parameter([1], dtype_name(tensor))
             assign(made, tensor.numpy(), place)  # Paddle's initialisers know no tensor without axes
             layer.add_parameter(attribute, made)

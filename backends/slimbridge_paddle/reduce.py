@@ -10,12 +10,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import paddle
-from numpy.typing import NDArray
 
 from slimbridge.decisions import Site
 from slimbridge.errors import ModelError
 from slimbridge.ports import HISTOGRAM_BINS, Array, Histogram, Statistics
-from slimbridge_paddle.buffers import BLOCK, contiguous, on_cpu, view
+from slimbridge_paddle.buffers import BLOCK, contiguous, extremes, on_cpu, view
 from slimbridge_paddle.names import every_name, find_layers
 from slimbridge_paddle.quant import wrapped
 from slimbridge_paddle.run import hooked, mode, run
@@ -30,25 +29,25 @@ class Seen:
 
     Attributes:
         low, high: over all entries.
-        absmax: largest magnitude of each sample.
+        absmax: sum over the samples of the largest magnitude in each.
+        samples: how many.
         histogram: None where it was not asked for, or an entry is not finite.
     """
 
     low: float
     high: float
-    absmax: NDArray[np.float64]
+    absmax: float
+    samples: int
     histogram: Histogram | None
 
     def merged(self, other: Seen) -> Seen:
-        """Both together; samples are those of one batch where there are as many."""
-        both = self.histogram and other.histogram and merged(self.histogram, other.histogram)
-        same = len(self.absmax) == len(other.absmax)
-        pair = (self.absmax, other.absmax)
+        """Both together."""
         return Seen(
-            float(np.minimum(self.low, other.low)),
+            float(np.minimum(self.low, other.low)),  # Python's own would lose a NaN
             float(np.maximum(self.high, other.high)),
-            np.maximum(*pair) if same else np.concatenate(pair),
-            both or None,
+            self.absmax + other.absmax,
+            self.samples + other.samples,
+            merged(self.histogram, other.histogram) if self.histogram and other.histogram else None,
         )
 
 
@@ -56,7 +55,7 @@ def reduce(model: Any, inputs: Sequence[Any], sites: Sequence[Site], histogram: 
     """See `slimbridge.ports.Backend.reduce`; of a quantized tensor, what it is before its own quantization.
 
     Raises:
-        ModelError: a layer does not exist, has no weight, or its call has no such tensor.
+        ModelError: a layer does not exist, or has no weight.
     """
     found: dict[Site, Seen] = {}
 
@@ -65,30 +64,35 @@ def reduce(model: Any, inputs: Sequence[Any], sites: Sequence[Site], histogram: 
             seen = statistics(tensor.detach(), histogram)
             found[site] = found[site].merged(seen) if site in found else seen
 
-    with watched(model, sites, look), mode(model, train=False), paddle.no_grad():
-        run(model, inputs, ())
+    layers = find_layers(model, [site.path for site in sites], "reduce")
+    known = {(id(entry.owner), entry.attribute): entry for entry in every_name(model).values()}
+    for site in dict.fromkeys(sites):
+        if site.side == "weight":
+            entry = known.get((id(layers[site.path]), "weight"))
+            if entry is None:
+                raise ModelError(f"reduce '{site}': layer '{site.path}' has no weight")
+            look(site, paddle.transpose(entry.tensor, [1, 0]) if entry.transposed else entry.tensor)
+    called = [site for site in dict.fromkeys(sites) if site.side != "weight"]
+    if called:
+        with watched(layers, called, look), mode(model, train=False), paddle.no_grad():
+            run(model, inputs, ())
     return {
-        site: Statistics(seen.low, seen.high, float(seen.absmax.mean()), seen.histogram)
+        site: Statistics(seen.low, seen.high, seen.absmax / seen.samples, seen.histogram)
         for site in sites
         if (seen := found.get(site)) is not None
     }
 
 
 @contextmanager
-def watched(model: Any, sites: Sequence[Site], look: Callable[[Site, Tensor], None]) -> Iterator[None]:
+def watched(layers: Mapping[str, Any], sites: Sequence[Site], look: Callable[[Site, Tensor], None]) -> Iterator[None]:
     """Show `look` the tensors of the sites as layers are called."""
-    layers = find_layers(model, [site.path for site in sites], "reduce")
-    known = {(id(entry.owner), entry.attribute): entry for entry in every_name(model).values()}
     handles, taps = [], []
     for path, layer in layers.items():
-        entry = known.get((id(layer), "weight"))
-        watch = _Watch([site for site in dict.fromkeys(sites) if site.path == path], look, entry)
+        watch = _Watch([site for site in sites if site.path == path], look)
         handles.append(layer.register_forward_pre_hook(watch.enter, prepend=True, with_kwargs=True))
         forward = wrapped(layer)
         if forward is None:
-            handles.append(
-                layer.register_forward_post_hook(lambda _, args, output, w=watch: w.leave(output), prepend=True)
-            )
+            handles.append(layer.register_forward_post_hook(watch.after, prepend=True))
         else:
             forward.taps.append(watch.leave)
             taps.append(forward)
@@ -103,20 +107,13 @@ def watched(model: Any, sites: Sequence[Site], look: Callable[[Site, Tensor], No
 class _Watch:
     """Hooks of one layer; `look` is shown the tensors of its sites."""
 
-    def __init__(self, sites: list[Site], look: Callable[[Site, Tensor], None], weight: Any) -> None:
-        for site in sites:
-            if site.side == "weight" and weight is None:
-                raise ModelError(f"reduce '{site}': layer '{site.path}' has no weight")
-        self.sites, self.look, self.weight, self.calls = sites, look, weight, 0
+    def __init__(self, sites: list[Site], look: Callable[[Site, Tensor], None]) -> None:
+        self.sites, self.look, self.calls = sites, look, 0
 
     def enter(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the layer's forward."""
         self.calls += 1
         self._show("input", (args, kwargs))
-        for site in self.sites:
-            if site.side == "weight" and site.call in (None, self.calls - 1):
-                tensor = self.weight.tensor
-                self.look(site, paddle.transpose(tensor, [1, 0]) if self.weight.transposed else tensor)
 
     def after(self, layer: Any, args: Any, output: Any) -> None:
         """After it."""
@@ -127,15 +124,11 @@ class _Watch:
         self._show("output", output)
 
     def _show(self, side: str, value: Any) -> None:
-        call = self.calls - 1
-        chosen = [site for site in self.sites if site.side == side and site.call in (None, call)]
-        if not chosen:
-            return
-        tensors = list(_tensors(value))
+        chosen = [site for site in self.sites if site.side == side and site.call in (None, self.calls - 1)]
+        tensors = list(_tensors(value)) if chosen else []
         for site in chosen:
-            if site.argument >= len(tensors):
-                raise ModelError(f"reduce '{site}': call {call} of the layer has {len(tensors)} {side} tensors")
-            self.look(site, tensors[site.argument])
+            if site.argument < len(tensors):
+                self.look(site, tensors[site.argument])
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -148,21 +141,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def statistics(x: Tensor, histogram: bool) -> Seen:
     """Of one tensor that is not empty; computed where it is, in its own type."""
-    x = contiguous(x)
+    x = contiguous(x if x.dtype in (paddle.float32, paddle.float64) else x.astype("float64"))
     rows = [int(x.shape[0]), -1] if len(x.shape) else [1, 1]
     if on_cpu(x):
-        flat = view(x).reshape(rows)
-        lows, highs = flat.min(1), flat.max(1)
+        lows, highs = extremes(view(x).reshape(1, *rows))
     else:
         flat = x.reshape(rows)
         lows, highs = paddle.amin(flat, axis=1).numpy(), paddle.amax(flat, axis=1).numpy()
     low, high = float(lows.min()), float(highs.max())
-    absmax = np.maximum(-lows.astype(np.float64), highs)
-    if not histogram or not math.isfinite(low) or not math.isfinite(high):
-        return Seen(low, high, absmax, None)
-    exponent = exponent_of(max(-low, high))
-    counts = _counts(flat.reshape(-1), exponent) if on_cpu(x) else _device_counts(flat, exponent)
-    return Seen(low, high, absmax, Histogram(exponent, counts))
+    absmax = float(np.maximum(-lows.astype(np.float64), highs).sum())
+    made = None
+    if histogram and math.isfinite(low) and math.isfinite(high):
+        exponent = exponent_of(max(-low, high))
+        made = Histogram(exponent, _counts(view(x).reshape(-1), exponent) if on_cpu(x) else _device_counts(x, exponent))
+    return Seen(low, high, absmax, len(lows), made)
 
 
 def exponent_of(absmax: float) -> int:

@@ -29,11 +29,12 @@ from slimbridge.ports import (
     Optimizer,
     OptimizerSettings,
     Pass,
+    QuantRequest,
     Statistics,
     tensors_in,
 )
 from slimbridge_torch import export as exporting
-from slimbridge_torch import names, quant, surgery
+from slimbridge_torch import names, native_quant, quant, surgery
 from slimbridge_torch import native as toolkits
 from slimbridge_torch import nn as layer_names
 from slimbridge_torch import reduce as reduction
@@ -66,7 +67,9 @@ class TorchBackend:
             devices=_devices(),
             threads=torch.get_num_threads(),
             native_engines=toolkits.engines(),
+            native_quantizers=native_quant.quantizers(),
             forms=exporting.forms(),
+            runtimes=exporting.runtimes(),
         )
 
     def owns(self, model: object) -> bool:
@@ -203,9 +206,12 @@ class TorchBackend:
         """Let Torch-Pruning or torch.nn.utils.prune choose; see `native.native` for the errors."""
         return toolkits.native(model, request, self._inputs(model, inputs))
 
-    def native_quantize(self, model: nn.Module, request: Any, batches: Any) -> Any:
-        """Let another toolkit decide."""
-        raise NotImplementedError
+    def native_quantize(
+        self, model: nn.Module, request: QuantRequest, batches: Sequence[Sequence[Array]]
+    ) -> QuantizeDecision:
+        """Let torchao decide, on a copy on the CPU in float32; see `native_quant.native_quantize` for the errors."""
+        copy = self.place(self.insert_quant(self.clone(model), {}))
+        return native_quant.native_quantize(copy, request, [self._inputs(copy, batch) for batch in batches])
 
     def export(
         self,

@@ -31,6 +31,11 @@ def forms() -> tuple[str, ...]:
     return (*(() if _missing() else (ONNX_FLOAT,)), *pt2e.FORMS)
 
 
+def runtimes() -> dict[str, str]:
+    """Form -> what `load` runs it in."""
+    return dict.fromkeys(pt2e.FORMS, f"torch.compile {torch.__version__}")
+
+
 def quants(form: str, decision: QuantizeDecision | None) -> dict[Site, FakeQuant]:
     """What must be inserted into the model before `export` of a form.
 
@@ -63,11 +68,11 @@ def export(
     model.eval()
     with _quiet():
         if form == ONNX_FLOAT:
-            _write_onnx(model, _doubled(inputs), tuple(inputs), folder / "model.onnx")
+            _write_onnx(model, inputs, folder / "model.onnx")
             return
         if form == pt2e.PT2E and decision is not None:
             pt2e.put_integers(model, decision.weights)
-        pt2e.export(model, _doubled(inputs), tuple(inputs), folder)
+        pt2e.export(model, inputs, folder)
 
 
 def load(folder: Path, form: str, threads: int) -> Callable[[Sequence[Array]], list[Array]]:
@@ -93,14 +98,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _doubled(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Examples of two samples where they have one: torch.export takes an axis of size 1 for a fixed one."""
-    if all(x.ndim and x.shape[0] == 1 for x in inputs):
-        return tuple(torch.cat([x, x]) for x in inputs)
-    return tuple(inputs)
-
-
-def _write_onnx(model: nn.Module, free: tuple[Tensor, ...], fixed: tuple[Tensor, ...], target: Path) -> None:
+def _write_onnx(model: nn.Module, inputs: Sequence[Tensor], target: Path) -> None:
     if _missing():
         raise BackendError(
             f"export: '{ONNX_FLOAT}' needs the package {' and '.join(_missing())}, which is not installed: "
@@ -108,13 +106,13 @@ def _write_onnx(model: nn.Module, free: tuple[Tensor, ...], fixed: tuple[Tensor,
         )
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     options = {"dynamo": True, "opset_version": _OPSET, "external_data": size > _LARGEST, "verbose": False}
-    axis = torch.export.Dim.AUTO
+    free = pt2e.doubled(inputs)
+    shapes = tuple({0: torch.export.Dim.AUTO} if x.ndim else None for x in free)
     try:
         try:
-            shapes = tuple({0: axis} if x.ndim else None for x in free)
             torch.onnx.export(model, free, target, dynamic_shapes=shapes, **options)
         except FAILURES:
-            torch.onnx.export(model, fixed, target, **options)
+            torch.onnx.export(model, tuple(inputs), target, **options)
     except FAILURES as error:
         target.unlink(missing_ok=True)
         raise ModelError(f"export: torch.onnx.export failed: {reason(error)}") from error

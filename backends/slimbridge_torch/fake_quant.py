@@ -83,18 +83,23 @@ class _FakeQuant(torch.autograd.Function):
         x, step, zero_point = ctx.saved_tensors
         grad = grad.contiguous() if x.is_contiguous() else grad
         if ctx.needs_input_grad[1]:
-            return *_both_gradients(grad, x, step, zero_point, ctx.grid), None, None
+            return *_both_gradients(grad, x, step, zero_point, ctx.grid, ctx.clipped), None, None
         return _input_gradient(grad, x, step, zero_point, ctx.grid), None, None, None
 
 
-def _integers(x: Tensor, step: Tensor, away: bool, out: Tensor | None = None) -> Tensor:
+def _integers(x: Tensor, step: Tensor, away: bool, out: Tensor) -> None:
     """The nearest whole number of steps."""
-    value = torch.div(x, step) if out is None else torch.div(x, step, out=out)
+    _whole(torch.div(x, step, out=out), away, out)
+
+
+def _whole(value: Tensor, away: bool, out: Tensor) -> None:
+    """The nearest whole number; `out` may be the tensor itself."""
     if not away:
-        return value.round_()
+        torch.round(value, out=out)
+        return
     # The largest number below a half: a half itself would take 0.49999997 up to 1.
     half = math.nextafter(0.5, 0) if value.dtype == torch.float64 else 0.5 - 2.0**-25
-    return value.add_(torch.copysign(value.new_tensor(half), value)).trunc_()
+    torch.add(value, torch.copysign(value.new_tensor(half), value), out=out).trunc_()
 
 
 def _inside(integers: Tensor, low: int, high: int) -> bool:
@@ -129,12 +134,21 @@ def _chunks(
 def _input_gradient(grad: Tensor, x: Tensor, step: Tensor, zero_point: Tensor | None, grid: _Grid) -> Tensor:
     """The gradient itself where the integer is on the grid, else 0."""
     result = torch.empty_like(x)
+    spare: list[Tensor] = []
     for (source, upper, target), steps, zeros in _chunks((x, grad, result), step, zero_point, grid.axis):
-        integers = _integers(source, steps, grid.away)
+        (integers,) = _buffers(spare, source, 1)
+        _integers(source, steps, grid.away, out=integers)
         if zeros is not None:
             integers.add_(zeros)
         _mask(upper, integers, grid, target)
     return result
+
+
+def _buffers(spare: list[Tensor], like: Tensor, count: int) -> list[Tensor]:
+    """Tensors to work in, the same ones for all chunks but a smaller last one."""
+    if not spare or spare[0].shape != like.shape:
+        spare[:] = [torch.empty_like(like) for _ in range(count)]
+    return spare
 
 
 def _mask(grad: Tensor, integers: Tensor, grid: _Grid, out: Tensor) -> None:
@@ -143,22 +157,28 @@ def _mask(grad: Tensor, integers: Tensor, grid: _Grid, out: Tensor) -> None:
 
 
 def _both_gradients(
-    grad: Tensor, x: Tensor, step: Tensor, zero_point: Tensor | None, grid: _Grid
+    grad: Tensor, x: Tensor, step: Tensor, zero_point: Tensor | None, grid: _Grid, clipped: bool
 ) -> tuple[Tensor, Tensor]:
     """For the input, masked, and for the step: Esser et al. 2020, equation 3, summed over what shares the step."""
-    result = torch.empty_like(x)
+    result = torch.empty_like(x) if clipped else grad
     sums = torch.zeros(step.shape, dtype=x.dtype, device=x.device)
+    spare: list[Tensor] = []
     first = 0
     for (source, upper, target), steps, zeros in _chunks((x, grad, result), step, zero_point, grid.axis):
-        integers = _integers(source, steps, grid.away)
-        if zeros is not None:
-            integers.add_(zeros)
-        _mask(upper, integers, grid, target)
-        slope = integers.clamp_(grid.low, grid.high)
-        if zeros is not None:
-            slope.sub_(zeros)
-        # The grid's integer times the gradient, less the value times the gradient where that went through.
-        slope.mul_(upper).addcmul_(torch.div(source, steps), target, value=-1)
+        value, slope = _buffers(spare, source, 2)
+        torch.div(source, steps, out=value)
+        _whole(value, grid.away, out=slope)
+        if clipped:
+            if zeros is not None:
+                slope.add_(zeros)
+            _mask(upper, slope, grid, target)
+            slope.clamp_(grid.low, grid.high)
+            if zeros is not None:
+                slope.sub_(zeros)
+            # The grid's integer times the gradient, less the value times the gradient where that went through.
+            slope.mul_(upper).addcmul_(value, target, value=-1)
+        else:
+            slope.sub_(value).mul_(upper)
         if grid.axis is None:
             sums += slope.sum()
             continue

@@ -44,6 +44,10 @@ class TorchOps:
         """A tensor of an array, in the dtype and on the device of `like`."""
         return torch.tensor(array, dtype=like.dtype, device=like.device)
 
+    def divide(self, x: Tensor, y: Tensor) -> Tensor:
+        """The quotient, rounded as IEEE 754 says."""
+        return torch.div(x, y)
+
     def sum(self, x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Sum over axes."""
         return torch.sum(x, dim=_axes(x, axis), keepdim=keepdims)

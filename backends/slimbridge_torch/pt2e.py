@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch._inductor import config as inductor
 from torch.nn.utils import parametrize
 
 # Registers quantized_decomposed's operations.
@@ -32,33 +32,45 @@ Tensor = Any
 
 FLOAT, PT2E = FORMS = ("compile_float", "pt2e")
 _FILE = "program.pt2"
-_LAYERS = tuple(getattr(torch.ops.aten, name) for name in ("conv1d", "conv2d", "conv3d", "linear"))
+LAYERS = tuple(getattr(torch.ops.aten, name) for name in ("conv1d", "conv2d", "conv3d", "linear"))
 _OFF_GRID = 1e-3
 """How far a weight may be from its grid, in steps: float32 rounding is far below, another weight far above."""
 
 
-def export(model: nn.Module, free: tuple[Tensor, ...], fixed: tuple[Tensor, ...], folder: Path) -> None:
+def export(model: nn.Module, inputs: Sequence[Tensor], folder: Path) -> None:
     """Write program.pt2.
 
     Args:
         model: with the pairs and the int8 weights in it, or in float.
-        free: examples whose first axis may stay free.
-        fixed: examples for a model that does not allow that.
+        inputs: examples; the first axis stays free where the model allows it.
         folder: it exists.
 
     Raises:
         ModelError: torch.export failed.
     """
-    shapes = tuple({0: torch.export.Dim.AUTO} if x.ndim else None for x in free)
     try:
-        try:
-            program: Any = torch.export.export(model, free, dynamic_shapes=shapes)
-        except FAILURES:
-            program = torch.export.export(model, fixed)
+        program = exported(model, inputs)
         tidy(program)
         torch.export.save(program, folder / _FILE)
     except FAILURES as error:
         raise ModelError(f"export: torch.export failed: {type(error).__name__}: {first_line(error)}") from error
+
+
+def exported(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
+    """A program of `torch.export`, whose first axes are free where the model allows it."""
+    free = doubled(inputs)
+    shapes = tuple({0: torch.export.Dim.AUTO} if x.ndim else None for x in free)
+    try:
+        return torch.export.export(model, free, dynamic_shapes=shapes, strict=False)
+    except FAILURES:
+        return torch.export.export(model, tuple(inputs), strict=False)
+
+
+def doubled(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Examples of two samples where they have one: torch.export takes an axis of size 1 for a fixed one."""
+    if all(x.ndim and x.shape[0] == 1 for x in inputs):
+        return tuple(torch.cat([x, x]) for x in inputs)
+    return tuple(inputs)
 
 
 def quants(decision: QuantizeDecision | None) -> dict[Site, FakeQuant]:
@@ -72,14 +84,23 @@ def quants(decision: QuantizeDecision | None) -> dict[Site, FakeQuant]:
     if decision is None or decision.mode != "static":
         found = "none" if decision is None else f"mode '{decision.mode}'"
         raise BackendError(f"export: '{PT2E}' takes a static quantization, found {found}")
+    for name, grid in decision.weights.items():
+        _check_weight(name, grid)
     return {Site.parse(key): Rounded(key, grid) for key, grid in decision.activations.items()}
+
+
+def _check_weight(name: str, grid: QuantParams) -> None:
+    if grid.group is not None:
+        raise BackendError(f"export: '{PT2E}' has one step for a channel, '{name}' has one for {grid.group} entries")
+    if grid.low < -128 or grid.high > 127 or any(grid.zero_point):  # the kernels leave zero points of weights out
+        found = f"{grid.low}..{grid.high}" + (" and a zero point that is not 0" if any(grid.zero_point) else "")
+        raise BackendError(f"export: '{PT2E}' has symmetric int8 weights, '{name}' has {found}")
 
 
 def put_integers(model: nn.Module, weights: Mapping[str, QuantParams]) -> None:
     """Put int8 weights, and what makes reals of them, in the place of real weights on their grids.
 
     Raises:
-        BackendError: a grid that the int8 kernels do not know.
         ModelError: a weight is not on its grid, or no layer has it.
     """
     tensors = canonical(model)
@@ -88,8 +109,11 @@ def put_integers(model: nn.Module, weights: Mapping[str, QuantParams]) -> None:
         holders = [m for m in model.modules() if weight is not None and m._parameters.get("weight") is weight]
         if weight is None or not holders:
             raise ModelError(f"export: no layer of the model has the weight '{name}'")
-        axis, shape = grid.axis or 0, (weight.shape[grid.axis or 0],)
-        steps = torch.tensor(grid.step, dtype=torch.float32).expand(shape).clone()
+        axis = grid.axis or 0
+        channels = weight.shape[axis]
+        if len(grid.step) not in (1, channels):
+            raise ModelError(f"export: the weight '{name}' has {channels} channels, its grid {len(grid.step)} steps")
+        steps = torch.tensor(grid.step, dtype=torch.float32).expand(channels).clone()
         integers = _integers(name, weight.detach().float(), steps, grid)
         for holder in holders:
             holder.weight = nn.Parameter(integers, requires_grad=False)
@@ -97,11 +121,6 @@ def put_integers(model: nn.Module, weights: Mapping[str, QuantParams]) -> None:
 
 
 def _integers(name: str, weight: Tensor, steps: Tensor, grid: QuantParams) -> Tensor:
-    if grid.group is not None:
-        raise BackendError(f"export: '{PT2E}' has one step for a channel, '{name}' has one for {grid.group} entries")
-    if grid.low < -128 or grid.high > 127 or any(grid.zero_point):
-        found = f"{grid.low}..{grid.high}" + (" and a zero point that is not 0" if any(grid.zero_point) else "")
-        raise BackendError(f"export: '{PT2E}' has symmetric int8 weights, '{name}' has {found}")
     scaled = weight / steps.reshape([-1 if i == (grid.axis or 0) else 1 for i in range(weight.ndim)])
     integers = scaled.round()
     if float((scaled - integers).abs().max()) > _OFF_GRID or integers.min() < grid.low or integers.max() > grid.high:
@@ -173,7 +192,7 @@ def tidy(program: Any) -> None:
 
 def _drop_norm(program: Any, norm: Any) -> None:
     layer, scale, shift, mean, variance, _, _, eps, _ = norm.args
-    if getattr(layer.target, "_overloadpacket", None) not in _LAYERS or len(layer.users) != 1:
+    if getattr(layer.target, "_overloadpacket", None) not in LAYERS or len(layer.users) != 1:
         return
     scale, bias, mean, variance = (_value(program, node) for node in (scale, shift, mean, variance))
     if scale is None or bias is None or mean is None or variance is None:
@@ -230,6 +249,7 @@ def load(folder: Path, form: str, threads: int) -> Callable[[Sequence[Array]], l
     except FAILURES as error:
         raise ModelError(f"{folder / _FILE}: cannot be read: {first_line(error)}") from error
     compiled = torch.compile(module, dynamic=False)
+    inductor = import_module("torch._inductor.config")  # it loads the compiler, which takes two seconds
 
     def run(inputs: Sequence[Array]) -> list[Array]:
         before = torch.get_num_threads()

@@ -6,7 +6,7 @@ The hooks refer to modules only, never to tensors, so that they go along when a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,10 @@ class _Quant:
     kept: Mapping[str, tuple[nn.Module, str]]
     ops: Ops
     whole: _Pass
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Quant:
+        """With the modules of the copied model; the fake quantization has no state of its own and is shared."""
+        return _Quant(self.site, self.quant, deepcopy(self.kept, memo), self.ops, deepcopy(self.whole, memo))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The tensor on its grid."""

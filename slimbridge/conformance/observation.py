@@ -105,7 +105,7 @@ def histogram(bench: Bench) -> None:
     """Powers of two, edges of bins, one sign only, zeros; float32 and float64; not of what is not finite."""
     site = Site("relu")
     for dtype in ("float32", "float64"):
-        model = bench.backend.place(make(bench.backend.nn, Look), bench.device, dtype)  # type: ignore[arg-type]
+        model = bench.backend.place(make(bench.backend.nn, Look), bench.device, dtype)
         for name, values in _histogram_inputs().items():
             x = values.astype(dtype)
             found = bench.backend.reduce(model, [x], [site], True)[site]

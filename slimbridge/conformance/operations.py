@@ -35,6 +35,7 @@ _CHECKS: dict[str, tuple[Callable[[Any, Any], Any], Array]] = {
     "where": (lambda ops, x: ops.where(x > 0, x, x * 2.0), np.where(A > 0, A, 2 * A)),
     "softmax": (lambda ops, x: ops.softmax(x, 1), np.exp(_log_softmax(A, 1))),
     "log_softmax": (lambda ops, x: ops.log_softmax(x, -1), _log_softmax(A, -1)),
+    "constant": (lambda ops, x: ops.constant(A, x) + 0.0 * x, A),
     "reshape": (lambda ops, x: ops.reshape(x, (4, 6)), A.reshape(4, 6)),
     "transpose": (lambda ops, x: ops.transpose(x, (2, 0, 1)), A.transpose(2, 0, 1)),
     "concat": (lambda ops, x: ops.concat([x, x * 2.0], 2), np.concatenate([A, 2 * A], 2)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Twice(Part):
     def __init__(self) -> None:
         super().__init__()
         self.fc = self.nn.Linear(3, 3)
-        self.join = make(self.nn, Join)
+        self.join: Any = make(self.nn, Join)
 
     def forward(self, x: Any, y: Any) -> Any:
         """(N, 3) and (N, 3) -> two of the same."""
@@ -102,14 +103,15 @@ def _along(values: Array, axis: int | None) -> Array:
 @case("quantization: fake_quant equals its formula to the last bit")
 def formula(bench: Bench) -> None:
     """Ties, clipping, zero points, both roundings, one step and one for each channel, both floating types."""
-    for dtype in (np.float32, np.float64):
+    dtypes: tuple[Any, ...] = (np.float32, np.float64)
+    for dtype in dtypes:
         model = bench.backend.place(bench.backend.nn.Linear(2, 2), bench.device, np.dtype(dtype).name)  # type: ignore[arg-type]
         for axis, step, zero in _grids(dtype):
             steps, zeros = _along(step, axis), _along(zero, axis)
-            x = random(4, 5, 6).astype(dtype) * 2
+            x: Array = random(4, 5, 6).astype(dtype) * 2
             x[:, :, 3:] = (np.arange(-30, 30).reshape(4, 5, 3).astype(dtype) + dtype(0.5)) * steps  # at or next to ties
             for away in (False, True):
-                whole = np.clip(rounded(x / steps, away) + zeros, dtype(_LOW), dtype(_HIGH)) - zeros
+                whole: Array = np.clip(rounded(x / steps, away) + zeros, dtype(_LOW), dtype(_HIGH)) - zeros
                 native = [bench.backend.tensor(model, array) for array in (x, step, zero)]
                 found = bench.backend.ops.fake_quant(
                     native[0], native[1], native[2] if zero.any() else None, _LOW, _HIGH, axis, away
@@ -226,7 +228,7 @@ def names(bench: Bench) -> None:
     for key, reads in (("fcc", {}), ("join:weight", {}), ("fc", {"other": "fc.wieght"})):
         quant = Scaling(3.0, reads)
         both = {Site("fc", "output"): quant, Site.parse(key): quant}
-        refuses(f"'{key}' reading {reads}", lambda both=both: backend.insert_quant(model, both))
+        refuses(f"'{key}' reading {reads}", partial(backend.insert_quant, model, both))
     require(differing(backend.read(model), found) == 0, "a refused insertion changed the model")
     model = backend.insert_quant(model, {Site("fc"): Scaling(8.0)})
     require(float(backend.read(model)["fc.quant_input_factor"]) == 8, "a second insertion does not replace the first")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slimbridge.deploy.onnx_net import ModelProto, Net, attributes, node, require
+from slimbridge.deploy.onnx_net import ModelProto, Net, Node, attributes, node, require
 from slimbridge.errors import ModelError
 
 
@@ -51,8 +51,8 @@ def _drop_copies(net: Net) -> None:
     net.rename(renamed)
 
 
-def _copied(net: Net, item: object) -> str | None:
-    kind, inputs = getattr(item, "op_type", ""), list(getattr(item, "input", []))
+def _copied(net: Net, item: Node) -> str | None:
+    kind, inputs = str(item.op_type), [str(name) for name in item.input]
     if kind in ("Identity", "Dropout"):
         return inputs[0]
     neutral = {"Mul": 1.0, "Add": 0.0}.get(kind)

@@ -8,6 +8,7 @@ from slimbridge.quantize.grid import (
     to_reals,
     zero_point_array,
 )
+from slimbridge.quantize.histogram import statistics_of
 from slimbridge.quantize.quantizer import Quantizer, integer_weights, real_weights
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "integer_weights",
     "limits_of",
     "real_weights",
+    "statistics_of",
     "step_array",
     "to_integers",
     "to_reals",

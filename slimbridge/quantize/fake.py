@@ -77,7 +77,8 @@ class Static(Plain):
 
 def check_grid(grid: QuantParams, where: str) -> None:
     """Raise ModelError, starting with `where`, unless the grid can be used."""
-    steps = np.asarray(grid.step, np.float32)
+    with np.errstate(over="ignore"):
+        steps = np.asarray(grid.step, np.float32)
     bad = [step for step, used in zip(grid.step, steps, strict=True) if not (np.isfinite(used) and used > 0)]
     if bad:
         raise ModelError(f"{where}: each step must be positive and finite in float32, found {bad[0]}")

@@ -28,6 +28,7 @@ class Arithmetic(Protocol):
     """The part of `Ops` that these formulas need."""
 
     def constant(self, array: Array, like: Tensor) -> Tensor: ...  # noqa: D102
+    def divide(self, x: Tensor, y: Tensor) -> Tensor: ...  # noqa: D102
     def abs(self, x: Tensor) -> Tensor: ...  # noqa: D102
     def relu(self, x: Tensor) -> Tensor: ...  # noqa: D102
     def round(self, x: Tensor) -> Tensor: ...  # noqa: D102
@@ -41,6 +42,10 @@ class Host:
     def constant(self, array: Array, like: Tensor) -> Tensor:
         """The array in the dtype of `like`."""
         return np.asarray(array, like.dtype)
+
+    def divide(self, x: Tensor, y: Tensor) -> Tensor:
+        """The quotient."""
+        return x / y
 
     def abs(self, x: Tensor) -> Tensor:
         """Magnitude."""
@@ -98,7 +103,7 @@ def symmetric(ops: Arithmetic, constants: Constants, threshold: Tensor, limit: i
     In float32 the same number as the float64 quotient rounded once: a quotient of two 24-bit numbers is never so near
     to the middle of two others that 53 bits would not tell (Figueroa 1995, "When is double rounding innocuous?").
     """
-    step = threshold / constants(ops, float(limit), threshold)
+    step = ops.divide(threshold, constants(ops, float(limit), threshold))
     return ops.where(step < constants(ops, NORMAL, step), constants(ops, 1.0, step), step)
 
 
@@ -111,7 +116,7 @@ def asymmetric(
     """
     bottom, top = -ops.relu(-smallest), ops.relu(largest)
     step = symmetric(ops, constants, top - bottom, high - low)
-    zero_point = ops.clip(ops.round(-bottom / step) + constants(ops, float(low), step), low, high)
+    zero_point = ops.clip(ops.round(ops.divide(-bottom, step)) + constants(ops, float(low), step), low, high)
     return step, zero_point
 
 

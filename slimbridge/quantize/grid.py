@@ -17,7 +17,7 @@ A grid is made by the conventions of one of three definitions (`Scheme.definitio
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +66,7 @@ def grid_of(
         high=made.high,
         axis=axis if group is None else 0,
         group=group,
-        rounding="away" if scheme.definition == "paddle" else "even",
+        rounding=made.rounding,
     )
 
 
@@ -76,6 +76,7 @@ class _Made:
     low: int
     high: int
     zero_point: Array | int = 0
+    rounding: Literal["even", "away"] = "even"
 
 
 def _own(low: Array, high: Array, scheme: Scheme) -> _Made:
@@ -95,7 +96,7 @@ def _paddle(low: Array, high: Array, scheme: Scheme) -> _Made:
     if not scheme.symmetric:
         raise SlimbridgeError("definition 'paddle' has symmetric grids only: Paddle's quanters ignore the zero point")
     top = 2 ** (scheme.bits - 1) - 1
-    return _Made(_positive(np.maximum(-low, high) / top), -top, top)
+    return _Made(_positive(np.maximum(-low, high) / top), -top, top, rounding="away")
 
 
 def _torch(low: Array, high: Array, scheme: Scheme) -> _Made:

@@ -263,9 +263,9 @@ class PACT(Plain):
         """The tensor on its grid."""
         alpha = state["alpha"]
         alpha = positive(ops, self._constants, ops.stop_gradient(alpha) if self.frozen else alpha)
+        bottom = -alpha if self.signed else self._constants(ops, 0.0, x)
         # Comparisons that NaN fails, so that it stays what it is.
-        bottom = ops.where(x <= -alpha, -alpha, x) if self.signed else ops.relu(x)
-        clipped = ops.where(x >= alpha, alpha, bottom)
+        clipped = ops.where(x >= alpha, alpha, ops.where(x <= bottom, bottom, x))
         step = self._step(ops, ops.stop_gradient(alpha))
         return ops.fake_quant(clipped, step, None, self.low, self.high, away=self.away), {}
 

@@ -138,7 +138,7 @@ class Quantizer:
         idle = [target.path for target in self.targets if target not in ran]
         if not ran:
             raise ModelError(f"nothing to quantize: the calibration ran none of {len(idle)} layers")
-        dynamic = DynamicGrid(**_dynamic(stage))
+        dynamic = _dynamic(stage)
         return QuantizeDecision(
             observer=stage.observer if stage.qat is None else f"qat {stage.qat.activation_ranges}",
             mode=stage.mode,
@@ -212,7 +212,7 @@ def new_observer(stage: QuantizeStage) -> Observer:
         raise SlimbridgeError(f"observer '{stage.observer}': {options}: {error}") from error
 
 
-def _dynamic(stage: QuantizeStage) -> dict[str, int | bool]:
+def _dynamic(stage: QuantizeStage) -> DynamicGrid:
     bits, symmetric = stage.activation_bits, stage.activation_scheme == "symmetric"
     low, high = (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-    return {"low": low, "high": high, "symmetric": symmetric}
+    return DynamicGrid(low=low, high=high, symmetric=symmetric)

@@ -215,7 +215,7 @@ class Folded(Plain):
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The weight, shape (out, ...), without the factor."""
         scale, variance = (ops.stop_gradient(state[name]) for name in ("scale", "variance"))
-        factor = scale / ops.sqrt(variance + self._constants(ops, self.fold.eps, variance))
+        factor = ops.divide(scale, ops.sqrt(variance + self._constants(ops, self.fold.eps, variance)))
         too_small = ops.abs(factor) < self._constants(ops, NORMAL, factor)
         factor = ops.where(too_small, self._constants(ops, 1.0, factor), factor)
         shape = ops.shape(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Literal
 
 from slimbridge.report.record import Record
@@ -83,12 +84,45 @@ class Deployment(Record):
     timed: tuple[Timed, ...]
     failed: tuple[str, ...] = ()
 
-    def slower(self) -> tuple[Timed, ...]:
-        """Integer forms of the compressed model that are slower than a float form of the baseline in that runtime."""
-        return tuple(row for row in self.timed if row.integer and self.against_float(row) is not None
-                     and (self.against_float(row) or 0) > 1)  # fmt: skip
+    def eager(self) -> Timed | None:
+        """The baseline in the framework itself, in float."""
+        return next((row for row in self.timed if row.form == "eager" and row.of == "baseline"), None)
+
+    def float_base(self, row: Timed) -> Timed | None:
+        """The baseline in float in the same runtime as a row; None where it was not timed."""
+        return next(
+            (
+                other
+                for other in self.timed
+                if other.of == "baseline" and not other.integer and other.runtime == row.runtime
+            ),
+            None,
+        )
 
     def against_float(self, row: Timed) -> float | None:
-        """Time over that of the baseline in float in the same runtime; None where it was not timed."""
-        bases = [other for other in self.timed if other.of == "baseline" and other.runtime == row.runtime]
-        return row.median_ms / bases[0].median_ms if bases and bases[0].median_ms > 0 else None
+        """Time over that of the baseline in float in the same runtime; None where that says nothing."""
+        return _over(row, self.float_base(row))
+
+    def against_eager(self, row: Timed) -> float | None:
+        """Time over that of the framework's eager baseline in float; None where that says nothing."""
+        return _over(row, self.eager())
+
+    def slower(self) -> tuple[Timed, ...]:
+        """Integer forms that are slower than the float baseline in their runtime, or than eager where it has none."""
+        return tuple(row for row in self.timed if row.integer and (_over(row, self.reference(row)) or 0) > 1)
+
+    def reference(self, row: Timed) -> Timed | None:
+        """What a form should beat: the float baseline in its runtime, else the eager one."""
+        return self.float_base(row) or self.eager()
+
+    def best(self) -> Timed | None:
+        """The fastest form of the compressed model, one in integers where there is any; None when none was timed."""
+        there = [row for row in self.timed if row.of == "compressed" and 0 < row.median_ms < inf]
+        return min(there, key=lambda row: (not row.integer, row.median_ms), default=None)
+
+
+def _over(row: Timed, base: Timed | None) -> float | None:
+    if base is None or not base.median_ms > 0:
+        return None
+    found = row.median_ms / base.median_ms
+    return found if 0 < found < inf else None

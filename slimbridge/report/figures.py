@@ -90,6 +90,16 @@ def times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x" if value >= 0.095 else f"{value:.2g}x"
 
 
+def factor(before: float, after: float, better: str, worse: str) -> str:
+    """How many times smaller `after` is, or larger, e.g. "6.87x smaller"; "unchanged", "no ratio"."""
+    down, up = ratio(before, after), ratio(after, before)
+    if down is None or up is None:
+        return "no ratio"
+    if f"{down:.2f}" == "1.00":
+        return "unchanged"
+    return f"{down:.3g}x {better}" if down > 1 else f"{up:.3g}x {worse}"
+
+
 def simulated(stage: StageRecord) -> bool:
     """Was the stage's number format only simulated, so that its latency says nothing about a deployed model?"""
     return "simulated" in stage.latency.how

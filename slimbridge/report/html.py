@@ -8,11 +8,13 @@ from pathlib import Path
 
 from slimbridge.errors import RunError
 from slimbridge.files import write_file
+from slimbridge.report.deploy_figures import all_deployed, deployed_latency
 from slimbridge.report.figures import (
     LATENCY_RULE,
     StageRow,
     arrow,
     baseline,
+    factor,
     labels,
     latency_lines,
     metric_scale,
@@ -22,7 +24,6 @@ from slimbridge.report.figures import (
     note_lines,
     parity_sentence,
     plain,
-    ratio,
     simulated,
     size,
     stage_rows,
@@ -31,6 +32,7 @@ from slimbridge.report.figures import (
 from slimbridge.report.figures import count as human_count
 from slimbridge.report.page import render_page
 from slimbridge.report.plots import plots_of
+from slimbridge.report.plots_deploy import deployment_plots
 from slimbridge.report.plots_pruning import sensitivity_tables
 from slimbridge.report.records import Comparison, RunReport, StageRecord
 
@@ -75,7 +77,7 @@ def render_html(comparison: Comparison) -> str:
         raise RunError("a report needs at least one run, found none")
     return render_page(
         "report.html.j2",
-        plots_of(runs),
+        [*plots_of(runs), *deployment_plots(runs)],
         plan=plain(runs[0].plan),
         metric=plain(runs[0].metric_name),
         metric_unit=metric_unit(runs[0]),
@@ -88,6 +90,7 @@ def render_html(comparison: Comparison) -> str:
         latency_lines=latency_lines(runs),
         latency_rule=LATENCY_RULE,
         notes=note_lines(runs),
+        deployed=all_deployed(runs),
     )
 
 
@@ -126,30 +129,25 @@ def _key_figures(run: RunReport) -> tuple[KeyFigure, ...]:
         KeyFigure(plain(run.metric_name), change, values),
         KeyFigure(
             "file size",
-            _factor(base.size_bytes, last.size_bytes, "smaller", "larger"),
+            factor(base.size_bytes, last.size_bytes, "smaller", "larger"),
             arrow(size(base.size_bytes), size(last.size_bytes)),
         ),
         KeyFigure(
             "MACs",
-            _factor(base.macs, last.macs, "fewer", "more"),
+            factor(base.macs, last.macs, "fewer", "more"),
             arrow(human_count(base.macs), human_count(last.macs)),
         ),
-        _latency_figure(base, last),
+        _latency_figure(run, base, last),
     )
 
 
-def _latency_figure(base: StageRecord, last: StageRecord) -> KeyFigure:
+def _latency_figure(run: RunReport, base: StageRecord, last: StageRecord) -> KeyFigure:
+    """Of the best exported integer form once it was measured, else of the last stage in the framework itself."""
+    measured = deployed_latency(run.deployment) if run.deployment is not None else None
+    if measured is not None:
+        return KeyFigure("latency, deployed", *measured)
     if simulated(last):
         return KeyFigure("latency", "simulated", "int8 is computed in float here")
     before, after = base.latency.median_ms, last.latency.median_ms
     detail = arrow(milliseconds(before), f"{milliseconds(after)} ms")
-    return KeyFigure("latency", _factor(before, after, "faster", "slower"), detail)
-
-
-def _factor(before: float, after: float, better: str, worse: str) -> str:
-    down, up = ratio(before, after), ratio(after, before)
-    if down is None or up is None:
-        return "no ratio"
-    if f"{down:.2f}" == "1.00":
-        return "unchanged"
-    return f"{down:.3g}x {better}" if down > 1 else f"{up:.3g}x {worse}"
+    return KeyFigure("latency", factor(before, after, "faster", "slower"), detail)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slimbridge.errors import RunError
+from slimbridge.report.deploy_table import print_deployment
 from slimbridge.report.figures import (
     LATENCY_RULE,
     LONG_NAME,
@@ -78,6 +79,10 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     console.print(_runs_table(runs, wide=console.width >= _WIDE))
     for line in (*latency_lines(runs), LATENCY_RULE, *note_lines(runs)):
         console.print(Padding(Text(line, style="dim"), (0, 0, 0, 1)))
+    for label, run in zip(labels(runs), runs, strict=True):
+        if run.deployment is not None:
+            console.print()
+            print_deployment(console, run.deployment, label)
     if comparison.verdicts:
         _print_parity(console, comparison)
 

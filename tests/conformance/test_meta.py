@@ -27,22 +27,23 @@ from slimbridge.conformance import (
     training,
 )
 from slimbridge.conformance.suite import Bench
-from slimbridge.decisions import PruneDecision, QuantizeDecision
+from slimbridge.decisions import PruneDecision
 from slimbridge.graph import Graph
-from slimbridge.ports import Array, Backend, Device, Loss, Model, Optimizer, OptimizerSettings, Pass, Tensor
+from slimbridge.ports import (
+    Array,
+    Backend,
+    Device,
+    Loss,
+    Model,
+    Optimizer,
+    OptimizerSettings,
+    Pass,
+    Tensor,
+)
+from tests.conformance.quantization_faults import QUANTIZATION_FAULTS, Honest
 
 MODULES = (layers, masks, models, observation, operations, quantization, removals, surgery, tracing, training)
 STATISTICS = ("running_mean", "running_var")
-
-
-class Honest:
-    """Hands everything on."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
 
 class SwappedAxes(Honest):
@@ -163,25 +164,6 @@ class DroppedSlot(Honest):
         if optimizer is not None:
             optimizer.load_state({name: np.zeros_like(array) for name, array in optimizer.state().items()})
         return model
-
-
-class StepTooLarge(Honest):
-    """The step of a fake quantization is 1/127 of itself too large, as when a threshold is divided by 126."""
-
-    def insert_quant(self, model: Model, decision: QuantizeDecision) -> Model:
-        grids = {
-            path: grid.model_copy(update={"step": tuple(step * (1 + 1 / 127) for step in grid.step)})
-            for path, grid in decision.activations.items()
-        }
-        return self.inner.insert_quant(model, decision.model_copy(update={"activations": grids}))
-
-
-class NoLowEnd(Honest):
-    """A minimum is taken for a zero, as after a ReLU."""
-
-    def reduce(self, model: Model, inputs: Sequence[Array], layers: Sequence[str]) -> dict[str, dict[str, float]]:
-        found = self.inner.reduce(model, inputs, layers)
-        return {path: {**extremes, "min": max(extremes["min"], 0.0)} for path, extremes in found.items()}
 
 
 class WrongCapture(Honest):
@@ -383,8 +365,8 @@ FAULTS: tuple[tuple[Callable[[Any], Honest], str], ...] = (
     (DoubledGradient, "gradients: equal the formula of softmax and cross entropy"),
     (FirstStatistics, "surgery: removing channels equals zeroing them"),
     (DroppedSlot, "surgery: training goes on with the same optimizer"),
-    (StepTooLarge, "quantization: fake quantization equals its formula"),
-    (NoLowEnd, "statistics: reduce gives the extremes of a layer's input"),
+    *QUANTIZATION_FAULTS,
+    (SharedClone, "quantization: what is inserted has names, and goes without a trace"),
     (WrongCapture, "forward: eval mode, features by path"),
     (HalfAway, "ops: round goes half to even"),
     (LostCoupling, "trace: channel groups as derived by hand"),

@@ -14,6 +14,7 @@ from slimbridge.decisions import QuantParams
 from slimbridge.errors import SlimbridgeError
 from slimbridge.plan.registries import Scheme
 from slimbridge.ports import Array
+from slimbridge.quantize.formulas import HOST, Constants, asymmetric, symmetric
 from slimbridge.quantize.grid import grid_of, limits_of, step_array, to_integers, to_reals, zero_point_array
 
 Definition = Literal["own", "paddle", "torch"]
@@ -221,3 +222,19 @@ def test_quantizing_twice_changes_nothing_and_zeros_stay(weight: Array, scheme: 
     once = to_reals(to_integers(weight, grid), grid)
     np.testing.assert_array_equal(to_reals(to_integers(once, grid), grid), once)
     assert not once[weight == 0].any()
+
+
+@given(hnp.arrays(np.float32, (2, 5), elements=FLOATS), st.integers(2, 8))
+def test_ranges_that_are_trained_have_the_same_grids(ends: Array, bits: int) -> None:
+    """Computed in float32, as a model does: steps of symmetric grids are the same bit for bit, those of asymmetric
+    ones miss at most the rounding of the range's width."""
+    low, high = ends.min(axis=0), ends.max(axis=0)
+    grid = grid_of(low, high, Scheme(bits=bits, weight=True), axis=0)
+    step = symmetric(HOST, Constants(), np.maximum(-low, high).clip(0), grid.high)
+    assert grid.step == tuple(step.tolist())
+    grid = grid_of(low, high, Scheme(bits=bits, symmetric=False), axis=0)
+    step, zero = asymmetric(HOST, Constants(), low, high, grid.low, grid.high)
+    assert (np.abs(step / np.array(grid.step) - 1) <= 2 * EPS).all()
+    exact = np.minimum(low, 0).astype(np.float64) / np.array(grid.step)
+    clear = np.abs(np.abs(exact) % 1 - 0.5) > 1024 * EPS
+    assert np.array_equal(zero[clear], np.array(grid.zero_point)[clear])

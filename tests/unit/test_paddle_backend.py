@@ -1,4 +1,4 @@
-"""The Paddle backend against NumPy: names, modes, optimizers, statistics, surgery and fake quantization."""
+"""The Paddle backend against NumPy: names, modes, optimizers, statistics and surgery."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 paddle = pytest.importorskip("paddle", reason="PaddlePaddle is an optional extra")
 
 import slimbridge_paddle  # noqa: E402
-from slimbridge.decisions import PruneDecision, QuantizeDecision, QuantParams  # noqa: E402
+from slimbridge.decisions import PruneDecision  # noqa: E402
 from slimbridge.errors import BackendError, ModelError  # noqa: E402
 from slimbridge.parity import tolerance  # noqa: E402
 from slimbridge.ports import Backend, OptimizerSettings, Pass  # noqa: E402
@@ -179,10 +179,9 @@ def test_gradients_against_differences(backend: Any, train: bool) -> None:
         assert found[name][index] == pytest.approx((values[0] - values[1]) / 2e-5, rel=STEPPED)
 
 
-def test_clone_is_independent_and_keeps_quantization(backend: Any) -> None:
+def test_clone_is_independent(backend: Any) -> None:
     model = small(backend)
     model.bn.eval()
-    backend.insert_quant(model, activations(fc=QuantParams(step=(0.5,), low=-8, high=7)))
     copy = backend.clone(model)
     x = images()
     assert np.array_equal(backend.forward(copy, [x]).output.numpy(), backend.forward(model, [x]).output.numpy())
@@ -562,55 +561,44 @@ def test_surgery_refuses_and_changes_nothing(backend: Any, kept: Any, message: s
         backend.remove_channels(model, decision)
 
 
-def activations(**grids: QuantParams) -> QuantizeDecision:
-    return QuantizeDecision(observer="minmax", weights={}, activations=grids)
+class Adding(nn.Layer):
+    """(x, {"other": y}) -> [x + y]."""
+
+    def forward(self, x: Any, other: Any) -> Any:
+        return [x + other["y"]]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize(
-    "params",
-    [
-        QuantParams(step=(0.3,), low=-128, high=127),
-        QuantParams(step=(0.5,), zero_point=3, low=0, high=7),
-        QuantParams(step=(0.1, 0.5, 0.7), low=-4, high=3, axis=1),
-    ],
-)
-def test_fake_quant_against_numpy(backend: Any, params: QuantParams, dtype: str) -> None:
-    model = backend.place(nn.Sequential(nn.Identity()), dtype="float32")
-    x = np.concatenate([images(), np.arange(-8, 8).reshape(1, 1, 4, 4).repeat(3, 1) * 0.25]).astype(dtype)
-    backend.insert_quant(model, QuantizeDecision(observer="m", weights={}, activations={"0": params}))
-    step = np.array(params.step, dtype).reshape((1, -1, 1, 1))
-    expected = (np.clip(np.round(x / step) + params.zero_point, params.low, params.high) - params.zero_point) * step
-    found = backend.forward(model, [paddle.to_tensor(x)]).output
-    assert np.array_equal(found.numpy(), expected.astype(dtype))
+class Calling(nn.Layer):
+    """Calls with keywords, with a parameter, with nothing to do; a norm with an eps of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2D(3, 4, 1)
+        self.bn = nn.BatchNorm2D(4, epsilon=3e-3)
+        self.same = nn.Identity()
+        self.add = Adding()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Any) -> Any:
+        x = self.conv(x)
+        x = self.add(self.bn(x), other={"y": self.same(x)})[0]
+        x = self.add(x, other={"y": self.conv.bias.reshape([1, 4, 1, 1])})[0]
+        return self.fc(x.mean([2, 3]))
 
 
-def test_fake_quant_gradient_replacement_and_trace(backend: Any) -> None:
-    model = small(backend)
-    plain = backend.forward(model, [images()]).output.numpy()
-    backend.insert_quant(model, activations(conv=QuantParams(step=(1.0,), low=-1, high=1)))
-    assert not np.allclose(backend.forward(model, [images()]).output.numpy(), plain)
-    x = paddle.to_tensor(images(), stop_gradient=False)
-    (gradient,) = paddle.grad(model.conv(x).sum(), x)
-    expected = F.conv2d_transpose(paddle.ones([4, 6, 4, 4], "float64"), model.conv.weight, padding=1)
-    np.testing.assert_allclose(gradient.numpy(), expected.numpy(), rtol=PRECISE)
-    assert "unknown" not in {node.kind for node in backend.trace(model, [images()]).nodes}
-    assert len(model.conv._forward_pre_hooks) == 1
-    backend.insert_quant(model, activations())
-    assert np.array_equal(backend.forward(model, [images()]).output.numpy(), plain)
-    with pytest.raises(ModelError, match="quantize: the model has no layer 'cnov'"):
-        backend.insert_quant(model, activations(cnov=QuantParams(step=(1.0,), low=-1, high=1)))
-    with pytest.raises(ModelError, match="quantize 'conv': each step must be positive"):
-        backend.insert_quant(model, activations(conv=QuantParams(step=(0.0,), low=-1, high=1)))
-
-
-def test_reduce(backend: Any) -> None:
-    model = small(backend)
-    x = images()
-    found = backend.reduce(model, [x], ["conv", "fc"])
-    assert found["conv"] == {"absmax": np.abs(x).max(), "min": x.min(), "max": x.max()}
-    fed = backend.forward(model, [x], capture=("dw",)).features["dw"].numpy()
-    assert found["fc"]["max"] == fed.max() and found["fc"]["min"] == fed.min()
+def test_trace_gives_the_calls_with_the_tensors_that_they_have_in_the_graph(backend: Any) -> None:
+    graph = backend.trace(Calling(), [np.ones((1, 3, 2, 2))])
+    made = {node.name: node for node in graph.nodes if node.kind in ("conv", "batch_norm", "linear")}
+    (conv,), (norm,), (out,) = (made[name].outputs for name in ("conv", "bn", "fc"))
+    sums = [node.outputs[0] for node in graph.nodes if node.kind == "binary"]
+    assert made["conv"].params["bias"] == "conv.bias" and made["bn"].attrs["eps"] == 3e-3
+    assert [(call.path, call.inputs, call.outputs) for call in graph.calls] == [
+        ("conv", graph.inputs, (conv,)),
+        ("bn", (conv,), (norm,)),
+        ("same", (conv,), (conv,)),
+        ("add", (norm, conv), (sums[0],)),
+        ("fc", made["fc"].inputs, (out,)),
+    ]
 
 
 def test_seed(backend: Any) -> None:

@@ -13,11 +13,12 @@ paddle = pytest.importorskip("paddle", reason="PaddlePaddle is an optional extra
 pytest.importorskip("paddleslim", reason="PaddleSlim is an optional extra")
 
 import slimbridge_paddle  # noqa: E402
-from slimbridge.decisions import QuantizeDecision, QuantParams  # noqa: E402
+from slimbridge.decisions import QuantParams, Site  # noqa: E402
 from slimbridge.errors import BackendError, ModelError  # noqa: E402
 from slimbridge.parity import tolerance  # noqa: E402
 from slimbridge.parity.measure import relative  # noqa: E402
 from slimbridge.ports import NativeRequest  # noqa: E402
+from slimbridge.quantize.fake import Static  # noqa: E402
 from slimbridge_paddle import native  # noqa: E402
 
 nn = paddle.nn
@@ -115,8 +116,7 @@ def test_fpgm_keeps_the_filters_that_lie_far_from_the_others() -> None:
 
 def test_a_model_in_float64_stays_so_and_inserted_quantization_does_not_count() -> None:
     model = small(dtype="float64")
-    grid = QuantParams(step=(0.5,), low=-127, high=127)
-    BACKEND.insert_quant(model, QuantizeDecision(observer="absmax", weights={}, activations={"inner": grid}))
+    BACKEND.insert_quant(model, {Site("inner"): Static(QuantParams(step=(0.5,), low=-127, high=127))})
     done = BACKEND.native(model, NativeRequest(L1, 0.5), [IMAGES])
     assert done.kept == BACKEND.native(small(), NativeRequest(L1, 0.5), [IMAGES]).kept
     assert model.inner.weight.dtype == paddle.float64 and done.output[0].dtype == np.float32

@@ -1,4 +1,4 @@
-"""The PyTorch backend: weights, passes, steps, surgery and fake quantization."""
+"""The PyTorch backend: weights, passes, steps and surgery."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slimbridge.decisions import PruneDecision, QuantizeDecision, QuantParams
+from slimbridge.decisions import PruneDecision
 from slimbridge.errors import BackendError, ModelError
 from slimbridge.parity import tolerance
 from slimbridge.ports import Backend, Optimizer, OptimizerSettings, Pass
@@ -475,101 +475,6 @@ def test_removal_refuses_another_models_optimizer() -> None:
     with pytest.raises(ModelError, match="of another model"):
         BACKEND.remove_channels(model, kept_channels(), BACKEND.make_optimizer(block(), OptimizerSettings()))
     assert model.conv.out_channels == 6
-
-
-# Quantization
-
-
-def quantize(**activations: QuantParams) -> QuantizeDecision:
-    return QuantizeDecision(observer="absmax", weights={}, activations=activations)
-
-
-def oracle(x: Any, params: QuantParams) -> Any:
-    step = np.asarray(params.step, x.dtype)
-    if params.axis is not None:
-        step = step.reshape([-1 if i == params.axis else 1 for i in range(x.ndim)])
-    step = step if params.axis is not None else step[0]
-    return (np.clip(np.rint(x / step) + params.zero_point, params.low, params.high) - params.zero_point) * step
-
-
-GRIDS = [
-    QuantParams(step=(0.0371,), low=-127, high=127),
-    QuantParams(step=(0.031,), zero_point=111, low=0, high=255),
-    QuantParams(step=(0.5, 0.01, 0.2), low=-7, high=7, axis=1),
-]
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_fake_quantization_is_numpys_rounding(grid: QuantParams, dtype: Any) -> None:
-    x = (RNG.normal(size=(50, 3, 4, 4)) * 3).astype(dtype)
-    x.flat[:48] = (np.arange(48) - 24 + 0.5) * dtype(0.5)
-    model = nn.Sequential(nn.Identity())
-    model.register_buffer("kind", torch.zeros((), dtype=torch.float64 if dtype is np.float64 else torch.float32))
-    BACKEND.insert_quant(model, quantize(**{"0": grid}))
-    found = BACKEND.forward(BACKEND.clone(model), [x]).output.numpy()
-    assert found.dtype == dtype
-    np.testing.assert_array_equal(found, oracle(x, grid))
-
-
-def test_a_second_insertion_replaces_the_first_and_copies_are_independent() -> None:
-    model, x = nn.Sequential(nn.Identity(), nn.Identity()), np.array([0.3, 1.4], np.float32)
-    BACKEND.insert_quant(model, quantize(**{"0": QuantParams(step=(1.0,), low=-8, high=7)}))
-    copied = BACKEND.clone(model)
-    BACKEND.insert_quant(model, quantize(**{"1": QuantParams(step=(0.5,), low=-8, high=7)}))
-    np.testing.assert_array_equal(BACKEND.forward(model, [x]).output.numpy(), np.float32([0.5, 1.5]))
-    np.testing.assert_array_equal(BACKEND.forward(copied, [x]).output.numpy(), np.float32([0, 1]))
-    assert BACKEND.reduce(model, [x], ["1"])["1"]["max"] == pytest.approx(1.4)
-
-
-def test_the_gradient_goes_straight_through() -> None:
-    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Identity()).double()
-    x = RNG.normal(size=(2, 3))
-    expected = BACKEND.gradients(model, [x], lambda p: {"sum": p.output.sum()})
-    BACKEND.insert_quant(model, quantize(**{"1": QuantParams(step=(0.1,), low=-2, high=2)}))
-    found = BACKEND.gradients(model, [x], lambda p: {"sum": p.output.sum()})
-    np.testing.assert_allclose(found["0.weight"], expected["0.weight"])
-
-
-def test_a_quantized_model_still_traces() -> None:
-    model, x = block(), images()
-    BACKEND.insert_quant(model, quantize(conv=GRIDS[1], fc=GRIDS[0]))
-    graph = BACKEND.trace(model, [x])
-    assert graph.unknown_ops() == ()
-    assert [node.name for node in graph.layer_nodes()] == ["conv", "deep", "fc"]
-
-
-@pytest.mark.parametrize(
-    ("path", "grid", "message"),
-    [
-        ("conf", GRIDS[0], r"no layer 'conf' \(did you mean 'conv'\?\)"),
-        ("conv", QuantParams(step=(0.0,), low=0, high=1), "'conv': each step must be positive and finite, found 0.0"),
-        ("conv", QuantParams(step=(1.0, 2.0), low=0, high=1), "2 steps without an axis"),
-        ("conv", QuantParams(step=(1.0,), zero_point=9, low=0, high=1), "zero_point 9 is outside 0..1"),
-    ],
-)
-def test_insertion_refuses_unusable_grids(path: str, grid: QuantParams, message: str) -> None:
-    model = block()
-    with pytest.raises(ModelError, match=message):
-        BACKEND.insert_quant(model, quantize(**{path: grid}))
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_reduce_gives_the_extremes_over_all_runs() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(2, 2, bias=False)
-            self.unused = nn.ReLU()
-
-        def forward(self, x: Any) -> Any:
-            return self.fc(input=self.fc(x))
-
-    model = Twice()
-    BACKEND.write(model, {"fc.weight": np.float32([[0, -3], [0.5, 0]])})
-    found = BACKEND.reduce(model, [np.float32([[1, 2], [-4, 0]])], ["fc", "unused"])
-    assert found == {"fc": {"min": -6.0, "max": 2.0, "absmax": 6.0}}
-    assert not model.fc._forward_pre_hooks
 
 
 # The rest of the port

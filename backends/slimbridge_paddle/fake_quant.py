@@ -6,6 +6,7 @@ The formulas are those of the port: `slimbridge.ports.Ops.fake_quant`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,7 +16,7 @@ from paddle.autograd import PyLayer
 from slimbridge.ports import Array
 from slimbridge_paddle import buffers
 from slimbridge_paddle._compat import round_half_even, true_divide
-from slimbridge_paddle.buffers import Block, around, blocks, contiguous, on_cpu, view
+from slimbridge_paddle.buffers import BLOCK, Block, around, blocks, contiguous, on_cpu, view
 
 Tensor: TypeAlias = Any
 
@@ -202,9 +203,11 @@ def _cpu_step_gradient(grad: Tensor, passed: Tensor, x: Tensor, step: Tensor, gr
     source, upper, through = (view(tensor).reshape(sizes) for tensor in (x, grad, passed))
     steps, zeros = _rows(step), None if grid.zero is None else _rows(grid.zero)
     total = np.zeros(sizes[1], source.dtype)
+    spare = np.empty((2, min(BLOCK, source.size)), source.dtype)
     for block in blocks(sizes):
-        value = source[block] / _part(steps, block)
-        slope = np.empty_like(value)
+        shape = source[block].shape
+        value, slope = (row[: prod(shape)].reshape(shape) for row in spare)
+        np.divide(source[block], _part(steps, block), out=value)
         _round(value, grid.away, slope)
         if passed is grad:  # nothing is outside
             slope -= value

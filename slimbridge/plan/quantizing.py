@@ -123,8 +123,8 @@ def _misfits(stage: QuantizeStage) -> tuple[tuple[bool, str], ...]:
         ),
         (stage.qat is not None and stage.mode != "static", f"qat is for mode static, found {stage.mode}"),
         (
-            stage.definition == "paddle" and "asymmetric" in (stage.weight_scheme, stage.activation_scheme),
-            "definition paddle is symmetric only: Paddle 3.3's quanter ignores the zero point",
+            stage.definition in _SYMMETRIC and "asymmetric" in (stage.weight_scheme, stage.activation_scheme),
+            f"definition {stage.definition} is symmetric only: Paddle 3.3's quanter ignores the zero point",
         ),
         (
             stage.qat is not None and stage.definition != "own",
@@ -150,6 +150,7 @@ def _misfits(stage: QuantizeStage) -> tuple[tuple[bool, str], ...]:
     )
 
 
+_SYMMETRIC = ("paddle",)
 _OWN_ONLY = (
     "definition",
     "weight_scheme",

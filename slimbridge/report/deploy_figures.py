@@ -104,7 +104,7 @@ def deployed_latency(found: Deployment) -> tuple[str, str] | None:
     if best is None or eager is None or not best.integer or found.against_eager(best) is None:
         return None
     share = found.against_float(best)
-    there = factor(share, 1.0, "faster than", "slower than") if share else ""
+    there = factor(1.0, share, "faster than", "slower than") if share else ""
     within = f"; {there.replace('unchanged', 'as fast as')} float there" if there else ""
     values = f"{milliseconds(eager.median_ms)} \u2192 {milliseconds(best.median_ms)} ms"
     where = f"{form_name(best)} in {plain(best.runtime)} against {plain(eager.runtime)}"

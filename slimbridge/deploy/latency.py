@@ -35,7 +35,7 @@ def measure_latency(
     low, median, high = np.percentile(np.array(seconds[WARMUP:]) * 1000, [25, 50, 75])
     capabilities = backend.capabilities()
     version = next(iter(capabilities.versions.values()), "")
-    number_format = "simulated int8 (computed in float32)" if simulated else "float32"
+    number_format = "simulated integers (computed in float32)" if simulated else "float32"
     return LatencyRecord(
         median_ms=round(float(median), 4),
         spread_ms=round(float(high - low), 4),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from slimbridge.deploy.onnx_net import ModelProto, Net, Node, attributes, node, require
-from slimbridge.errors import ModelError
+from slimbridge.errors import ModelError, first_line
 
 
 def clean(model: ModelProto) -> ModelProto:
@@ -98,7 +98,7 @@ def _basic(model: ModelProto) -> ModelProto:
         try:
             runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no other base class
-            raise ModelError(f"the ONNX file cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"the ONNX file cannot be loaded: {first_line(error)}") from error
         return onnx.load(str(path))
 
 

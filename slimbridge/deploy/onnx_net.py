@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from slimbridge.errors import BackendError, ModelError
+from slimbridge.errors import BackendError, ModelError, first_line
 from slimbridge.ports import Array
 
 ModelProto: TypeAlias = Any
@@ -112,7 +112,11 @@ class Net:
                 node.input[place] = name
 
     def model(self, opset: int | None = None) -> ModelProto:
-        """A new model, checked by ONNX, with shapes inferred and without the constants that nobody reads."""
+        """A new model, checked by ONNX, with shapes inferred and without the constants that nobody reads.
+
+        Raises:
+            ModelError: ONNX finds it not valid.
+        """
         onnx = require("onnx")
         used = {name for node in self.nodes for name in node.input} | set(self.outputs)
         made = {name: onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in self.constants.items()}
@@ -130,7 +134,10 @@ class Net:
         version = 10 if (opset or self.opset) > 20 else 9 if (opset or self.opset) > 18 else 8
         model = onnx.helper.make_model(graph, opset_imports=[own, *others], ir_version=version)
         model.producer_name = "slimbridge"
-        onnx.checker.check_model(model)
+        try:
+            onnx.checker.check_model(model)
+        except onnx.checker.ValidationError as error:
+            raise ModelError(f"the ONNX file is not valid: {first_line(error)}") from error
         return onnx.shape_inference.infer_shapes(model)
 
 
@@ -159,7 +166,7 @@ def run_all(model: ModelProto, inputs: Iterable[Array]) -> dict[str, Array]:
         session = runtime.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
         values = dict(zip([item.name for item in session.get_outputs()], session.run(None, fed), strict=True))
     except Exception as error:  # onnxruntime's errors share no other base class
-        raise ModelError(f"the ONNX file does not run: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"the ONNX file does not run: {first_line(error)}") from error
     order = [*fed, *made]
     return {name: array for name in order if (array := {**fed, **values}[name]).dtype == np.float32}
 

@@ -111,10 +111,10 @@ class Exporter:
         """
         target = self.place(form, which)
         make_folder(target.parent)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        shutil.rmtree(part, ignore_errors=True)
+        part = target.with_name(f".{target.name}.part")
         try:
             with locked(self.path / ".lock"):
+                shutil.rmtree(part, ignore_errors=True)  # what a killed export left
                 part.mkdir()
                 notes = self._write(form, which, part)
                 record = self._checked(form, which, part, target, notes)
@@ -123,8 +123,6 @@ class Exporter:
                 part.replace(target)
         except OSError as error:
             raise RunError(f"{target}: cannot be written: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
         return record
 
     def _write(self, form: str, which: Which, folder: Path) -> tuple[str, ...]:

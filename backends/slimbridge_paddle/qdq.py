@@ -81,6 +81,8 @@ def quantize(model: Any, decision: QuantizeDecision) -> Callable[[], tuple[str, 
     by_layer: dict[int, dict[Site, _Snap]] = {}
     for number, (site, grid) in enumerate(sites.items()):
         layer = owners[site.path]
+        if isinstance(layer, paddle.nn.ReLU6) and site == Site(site.path, "output") and _unsigned(grid, 6):
+            layer.__class__ = paddle.nn.ReLU  # the grid clips; the runtime's unsigned integers are for ReLU only
         snap = _Snap(_threshold(grid), partial(reached.add, str(site)), made)
         if isinstance(layer, _Product) and site == Site(site.path):
             layer.quant_input = snap
@@ -138,6 +140,11 @@ def _mapped(value: Any, snaps: Mapping[int, _Snap], positions: Iterator[int]) ->
 def _threshold(grid: QuantParams) -> Array:
     """The value of the largest integer, which is what Paddle calls the scale."""
     return np.asarray(as_float64(np.asarray(grid.step)) * grid.high, np.float32)
+
+
+def _unsigned(grid: QuantParams, highest: float) -> bool:
+    """Does the grid reach from 0 to no more than this?"""
+    return grid.low == 0 and bool((_threshold(grid) <= highest).all())
 
 
 def _operation(kind: str, x: Any, layer: Any, axis: int) -> Any:

@@ -148,11 +148,20 @@ def _openvino(path: Path, threads: int, optimise: bool) -> Run:
     # Without the hint OpenVINO computes float models in bfloat16 where the processor has it.
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     core = require("openvino").Core()
-    compiled = core.compile_model(core.read_model(str(path)), "CPU", options)
-    request = compiled.create_infer_request()
+    model = core.read_model(str(path))
+    requests: dict[Any, Any] = {}
+
+    def compiled(shapes: tuple[tuple[int, ...], ...]) -> Any:
+        # A free batch axis costs some of the fusions, so it is fixed to the inputs' before compiling.
+        if model.is_dynamic() or requests:
+            model.reshape({model.input(place): list(shape) for place, shape in enumerate(shapes)})
+        return core.compile_model(model, "CPU", options).create_infer_request()
 
     def run(inputs: Sequence[Array]) -> list[Array]:
-        found = request.infer(list(inputs))
-        return [np.array(found[output]) for output in compiled.outputs]
+        shapes = tuple(array.shape for array in inputs)
+        if shapes not in requests:
+            requests[shapes] = compiled(shapes)
+        found = requests[shapes].infer(list(inputs))
+        return [np.array(found[output]) for output in requests[shapes].get_compiled_model().outputs]
 
     return run

@@ -61,7 +61,8 @@ def fold_factor(fold: Fold, weights: Mapping[str, Array]) -> NDArray[np.float64]
     inference", equation 14.
     """
     scale, variance = as_float64(weights[fold.scale]), as_float64(weights[fold.variance])
-    return np.asarray(scale / np.sqrt(variance + fold.eps))
+    with np.errstate(divide="ignore", invalid="ignore"):  # whoever uses the weights looks whether they are finite
+        return np.asarray(scale / np.sqrt(variance + fold.eps))
 
 
 def fold_weights(weights: Mapping[str, Array], folds: tuple[Fold, ...]) -> dict[str, Array]:
@@ -87,5 +88,6 @@ def fold_weights(weights: Mapping[str, Array], folds: tuple[Fold, ...]) -> dict[
         }
         if fold.bias:
             new[fold.bias] = np.zeros_like(factor)
-        changed.update({name: array.astype(weights[name].dtype) for name, array in new.items()})
+        with np.errstate(over="ignore", invalid="ignore"):
+            changed.update({name: array.astype(weights[name].dtype) for name, array in new.items()})
     return changed

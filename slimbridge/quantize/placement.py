@@ -92,7 +92,7 @@ class _Placing:
             sites.update(dict.fromkeys(found[tensor]))
             if not found[tensor] and not self._inside(tensor):
                 maker = self.makers[tensor]
-                lost[f"{maker.name}: {maker.attrs.get('op', maker.kind)}"] = (
+                lost[f"{maker.name or 'the model'}: {maker.attrs.get('op', maker.kind)}"] = (
                     "no module gives or takes this tensor, it lies between two functions of one forward; "
                     "as modules they would be reached"
                 )
@@ -122,8 +122,6 @@ class _Placing:
             node.kind == "reduce" and node.attrs.get("op") == "mean" and node.attrs["axes"] in _POOLS_SPACE
         )
         single = node.kind == "elementwise" and node.attrs.get("op") in _SINGLE
-        if node.kind == "elementwise" and node.attrs.get("op") in CLIPS:
-            return self._made(node)
         if pairs or pools or single or node.kind in ("concat", "resize"):
             return [*data, *self._made(node)]
         return []

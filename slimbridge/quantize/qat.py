@@ -11,11 +11,12 @@ from slimbridge.errors import ModelError
 from slimbridge.plan.quantizing import QatSection
 from slimbridge.ports import Array, Backend, Model, Optimizer
 from slimbridge.quantize.fold import fold_factor, fold_weights
+from slimbridge.quantize.formulas import NORMAL
 from slimbridge.quantize.grid import to_integers
 from slimbridge.quantize.learned import LSQ, PACT, LSQPlus
 from slimbridge.quantize.quantizer import Quantizer
 from slimbridge.quantize.ranges import AbsMax, Folded, MovingAverage, Trainable
-from slimbridge.quantize.targets import Target, require_finite
+from slimbridge.quantize.targets import FOLDED, Target, require_finite
 
 BeforeStep = Callable[[Model, Optimizer, int, int], None]
 
@@ -81,14 +82,17 @@ class Qat:
             require_finite(target, values[target.weight])
             fold = self.folds.get(target.weight)
             weight = values[target.weight]
-            if fold is not None and self.section.batch_norm == "fold":
-                weight = fold_weights(values, (fold,))[target.weight]
+            if fold is not None:
+                folded = fold_weights(values, (fold,))[target.weight]
+                require_finite(target, folded, FOLDED)
+                weight = folded if self.section.batch_norm == "fold" else weight
             grid = quant.grid({**_held(Site(target.path, "weight"), quant, values), "weight": weight})
             if fold is not None and self.section.batch_norm == "keep":
                 grid, real[target.weight] = self._moved(fold, grid, values)
             grids[target.weight] = grid
         inputs = {site: quant.grid(_held(site, quant, values)) for site, quant in self._inputs.items()}
-        return self.quantizer.decision(grids, inputs), real
+        decision = self.quantizer.decision(grids, inputs)
+        return decision, {name: array for name, array in real.items() if name in decision.weights}
 
     def _moved(self, fold: Fold, grid: QuantParams, values: Mapping[str, Array]) -> tuple[QuantParams, Array]:
         """The grid of the folded weight that has the unfolded weight's integers, and the unfolded weight on its grid.
@@ -105,7 +109,7 @@ class Qat:
         exact = (integers.reshape(step.size, -1) * step[:, None]).reshape(weight.shape)
         factor = np.abs(fold_factor(fold, values))
         moved = (step * np.repeat(factor, per_row)).astype(np.float32)
-        moved = np.where(moved > 0, moved, np.float32(1))
+        moved = np.where(moved >= NORMAL, moved, np.float32(1))  # of a channel that the BatchNorm takes to 0
         changed = grid.model_copy(update={"step": tuple(moved.tolist()), "zero_point": (0,) * moved.size, "axis": 0})
         return changed, np.asarray(exact, weight.dtype)
 
@@ -144,7 +148,9 @@ def _learned_weight(weight: Array, bits: int, axis: int | None, where: str) -> T
 
 def _moving_average(qat: Qat, grid: QuantParams, where: str) -> Trainable:
     symmetric = qat.quantizer.stage.activation_scheme == "symmetric"
-    return MovingAverage(grid.low, grid.high, symmetric, qat.section.rate, _range(grid), where=where)
+    low, high = _range(grid)
+    start = (max(low, -high), high) if symmetric else (low, high)  # a signed grid has one step more below 0
+    return MovingAverage(grid.low, grid.high, symmetric, qat.section.rate, start, where=where)
 
 
 def _lsq_plus(qat: Qat, grid: QuantParams, where: str) -> Trainable:

@@ -20,7 +20,7 @@ from slimbridge.quantize.fake import Dynamic, Static
 from slimbridge.quantize.fold import find_folds, fold_weights
 from slimbridge.quantize.grid import grid_of, limits_of, to_integers, to_reals
 from slimbridge.quantize.placement import Placement, place_full, place_layers
-from slimbridge.quantize.targets import Target, find_targets, require_finite
+from slimbridge.quantize.targets import FOLDED, Target, find_targets, require_finite
 
 
 class Quantizer:
@@ -111,9 +111,10 @@ class Quantizer:
         Raises:
             ModelError: a weight is not finite.
         """
+        folded = {**weights, **fold_weights(weights, self.folds)}
         for target in self.targets:
             require_finite(target, weights[target.weight])
-        folded = {**weights, **fold_weights(weights, self.folds)}
+            require_finite(target, folded[target.weight], FOLDED)
         grids = {target.weight: self.weight_grid(target, folded[target.weight]) for target in self.targets}
         return self.decision(grids, self.activation_grids(observers))
 

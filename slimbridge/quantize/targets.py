@@ -15,6 +15,7 @@ from slimbridge.plan.quantizing import QuantizeStage
 from slimbridge.ports import Array, Layer
 
 QUANTIZABLE = ("conv", "linear")
+FOLDED = "its weight with the BatchNorm folded in"
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ def find_targets(
     return targets, tuple(Skipped(layer=path, reason=reason) for path, reason in reasons.items() if reason)
 
 
-def require_finite(target: Target, weight: Array) -> None:
+def require_finite(target: Target, weight: Array, what: str = "its weight") -> None:
     """ModelError when an entry is NaN or infinite."""
     bad = int(weight.size - np.isfinite(weight).sum())
     if bad:
-        raise ModelError(f"layer '{target.path}': {bad} of {weight.size} entries of its weight are not finite")
+        raise ModelError(f"layer '{target.path}': {bad} of {weight.size} entries of {what} are not finite")
 
 
 def _require_matches(stage: QuantizeStage, paths: Sequence[str]) -> None:

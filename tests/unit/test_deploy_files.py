@@ -181,7 +181,7 @@ def test_a_site_is_the_tensor_its_layer_reads() -> None:
     st.integers(-128, 0),
     st.integers(1, 127),
     st.booleans(),
-    st.floats(1e-3, 10, width=32),
+    st.floats(2**-10, 10, width=32),
     st.floats(0, 8, width=32),
     st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=20),
 )

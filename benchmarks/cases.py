@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks import series
+from functools import partial
+
+from benchmarks import int8_series, ptq_series, qat_series, series
 from benchmarks.harness import BenchmarkError, Case, Series
 from slimbridge.errors import listed, nearest
+
+_PASSES = 25
+_DIFFERENCE = "Difference: relative L2 difference of the logits of one image from the float model's."
 
 _CASES = (
     Case(
@@ -32,6 +37,52 @@ _CASES = (
         "trace_resnet50",
         "Trace ResNet-50 at 224 px and find its channel groups.",
         {"torch": series.trace_torch, "paddle": series.trace_paddle},
+    ),
+    Case(
+        "int8_resnet18",
+        f"One pass of one image through ResNet-18 at 224 px, random weights, another untimed pass just before; integer "
+        f"files are calibrated on the same {int8_series.IMAGES} images of noise. {_DIFFERENCE} What onnxruntime "
+        "computes in integers is counted in its rows.",
+        {"torch": int8_series.resnet18_torch, "paddle": int8_series.resnet18_paddle},
+        repeats=_PASSES,
+        memory_runs=0,
+    ),
+    *(
+        Case(
+            f"int8_{network}",
+            f"As int8_resnet18, {title}.",
+            {
+                "torch": partial(int8_series.mobilenet_torch, network),
+                "paddle": partial(int8_series.mobilenet_paddle, network),
+            },
+            repeats=_PASSES,
+            memory_runs=0,
+        )
+        for network, title in (("mobilenet_v2", "MobileNetV2"), ("mobilenet_v3_small", "MobileNetV3-small"))
+    ),
+    Case(
+        "ptq_resnet18",
+        f"From a float ResNet-18 to the grids of its weights and activations, {ptq_series.IMAGES} images of noise at "
+        "224 px, one at a time, made when they are asked for. The result that is checked is that of two images. "
+        f"{_DIFFERENCE}",
+        {"torch": ptq_series.resnet18_torch, "paddle": ptq_series.resnet18_paddle},
+        repeats=1,  # minutes for a round
+        warmup=0,
+        memory_runs=1,
+    ),
+    Case(
+        "ptq_memory",
+        "Our calibration over 300 and over 3,000 images of noise at 64 px, ten at a time: its memory does not grow "
+        "with their number.",
+        {"torch": partial(ptq_series.memory, "torch"), "paddle": partial(ptq_series.memory, "paddle")},
+        repeats=1,
+        warmup=0,
+    ),
+    Case(
+        "qat_step_resnet18",
+        "One step of quantization-aware training of ResNet-18, 8 bits, 112 px, batch 8: inputs of convolutions and "
+        "linear layers, and their weights.",
+        {"torch": qat_series.resnet18_torch, "paddle": qat_series.resnet18_paddle},
     ),
 )
 

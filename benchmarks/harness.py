@@ -13,6 +13,7 @@ import numpy as np
 from slimbridge.errors import SlimbridgeError
 
 REPEATS = 9
+RATIO_TO_OURS = "ratio to ours"
 
 
 class BenchmarkError(SlimbridgeError):
@@ -29,6 +30,7 @@ class Competitor:
         run: the job; timed.
         check: raises BenchmarkError when a result of `run` is wrong; returns integers for the table, by column.
         note: what a reader must know to judge the row.
+        trial: makes what the checked and the warm-up runs take, where that of `prepare` would take too long.
     """
 
     name: str
@@ -36,6 +38,11 @@ class Competitor:
     run: Callable[[Any], Any]
     check: Callable[[Any], Mapping[str, int]]
     note: str = ""
+    trial: Callable[[], Any] | None = None
+
+    def attempt(self) -> Any:
+        """The result of a run that is not timed."""
+        return self.run((self.trial or self.prepare)())
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,16 @@ class Series:
         distributions: installed distributions whose versions matter.
         threads: threads that one operation may use.
         weights_bytes: memory of the whole model's arrays.
+        ratio: how the table calls the row's median over the first row's.
+        faster: the ratio is the first row's median over the row's.
     """
 
     competitors: tuple[Competitor, ...]
     distributions: tuple[str, ...]
     threads: int
     weights_bytes: int
+    ratio: str = RATIO_TO_OURS
+    faster: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,12 +75,16 @@ class Case:
         title: what is measured, one sentence.
         series: framework -> builder of its series; called in a process of its own, which may import the framework.
         repeats: timed runs of each competitor, where nobody asks for another number.
+        warmup: untimed runs of each after the checked one.
+        memory_runs: runs over which a competitor's peak memory is measured; 0 where it says nothing.
     """
 
     name: str
     title: str
     series: Mapping[str, Callable[[], Series]] = field(default_factory=dict)
     repeats: int = REPEATS
+    warmup: int = 1
+    memory_runs: int = 2
 
 
 @dataclass(frozen=True)
@@ -102,10 +117,10 @@ def measure(
     """
     if repeats < 1 or warmup < 0:
         raise BenchmarkError(f"repeats must be at least 1 and warmup at least 0, found {repeats} and {warmup}")
-    facts = {item.name: dict(item.check(item.run(item.prepare()))) for item in competitors}
+    facts = {item.name: dict(item.check(item.attempt())) for item in competitors}
     for _ in range(warmup):
         for item in competitors:
-            item.run(item.prepare())
+            item.attempt()
     seconds: dict[str, list[float]] = {item.name: [] for item in competitors}
     for _ in range(repeats):
         for item in competitors:

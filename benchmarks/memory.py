@@ -14,8 +14,8 @@ _CLEAR = Path("/proc/self/clear_refs")
 HOW = """\
 Peak extra memory: the process's resident high-water mark (VmHWM, reset through /proc/self/clear_refs) minus its
 resident size at the start, over one run after one unmeasured run, in a process of its own for each competitor; the
-larger of two runs; x weights is its multiple of the memory of the whole model's parameters and buffers. Memory that
-an allocator had kept from the unmeasured run is not counted."""
+larger of two runs, where a run takes no minutes; x weights is its multiple of the memory of the whole model's
+parameters and buffers. Memory that an allocator had kept from the unmeasured run is not counted."""
 
 
 def peak_extra(run: Callable[[Any], Any], prepared: Any) -> int | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from benchmarks.harness import BenchmarkError
+from benchmarks.harness import RATIO_TO_OURS, BenchmarkError
 
 
 class _Record(BaseModel):
@@ -41,6 +41,7 @@ class SeriesRecord(_Record):
         versions: distribution -> version.
         load_before, load_after: load average of the last minute.
         weights_bytes: memory of the whole model's arrays; None in a record from before it was noted.
+        ratio, faster: what the ratio to the first row is called, and which way it goes; as the series gives them.
     """
 
     rows: tuple[Row, ...]
@@ -51,6 +52,8 @@ class SeriesRecord(_Record):
     load_before: float
     load_after: float
     weights_bytes: int | None = None
+    ratio: str = RATIO_TO_OURS
+    faster: bool = False
 
 
 class Environment(_Record):

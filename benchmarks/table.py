@@ -14,7 +14,8 @@ Made by `python -m benchmarks`; every number is in `results.json` too.
 
 Each result is checked before anything is timed; a wrong one stops the case. Competitors of one framework share a
 process and take turns (A B A B ...); frameworks have processes of their own and are not compared with each other.
-Times are medians, IQR is the interquartile range, the ratio is the row's median over the first row's. Building and
+Times are medians, IQR is the interquartile range, the ratio is the row's median over the first row's, or, where the
+column speaks of times as fast, the first row's over the row's. Building and
 copying the model, imports and the warm-up runs are not timed. A load average above the number of threads means that
 other programs were running too: such times are too long, and parallel ones can be many times too long.
 
@@ -56,17 +57,24 @@ def _series(item: SeriesRecord) -> str:
 def table(series: SeriesRecord) -> str:
     """One row for each competitor, the columns of facts in the order of the first row."""
     facts = list(dict.fromkeys(key for row in series.rows for key in row.facts))
-    head = ["competitor", "median ms", "IQR ms", "ratio to ours", *facts, "peak extra memory MB", "x weights", "notes"]
+    memory = (
+        ["peak extra memory MB", "x weights"] if any(row.peak_extra_bytes is not None for row in series.rows) else []
+    )
+    head = ["competitor", "median ms", "IQR ms", series.ratio, *facts, *memory, "notes"]
     first, _ = summary(series.rows[0].seconds)
     lines = [head, ["---", *["---:"] * (len(head) - 2), "---"]]
-    lines += [_cells(row, facts, first, series.weights_bytes) for row in series.rows]
+    lines += [_cells(row, facts, first, series, bool(memory)) for row in series.rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cells(row: Row, facts: list[str], first: float, weights: int | None) -> list[str]:
+def _cells(row: Row, facts: list[str], first: float, series: SeriesRecord, memory: bool) -> list[str]:
     median, spread = summary(row.seconds)
     numbers = [f"{row.facts[key]:,}" if key in row.facts else "" for key in facts]
-    peak = row.peak_extra_bytes
-    memory = "not measured" if peak is None else f"{peak / 1e6:.0f}"
+    ratio = first / median if series.faster else median / first
+    parts = _memory(row.peak_extra_bytes, series.weights_bytes) if memory else []
+    return [row.name, f"{median:.1f}", f"{spread:.1f}", f"{ratio:.2f}", *numbers, *parts, row.note]
+
+
+def _memory(peak: int | None, weights: int | None) -> list[str]:
     share = "" if peak is None or not weights else f"{peak / weights:.2f}"
-    return [row.name, f"{median:.1f}", f"{spread:.1f}", f"{median / first:.2f}", *numbers, memory, share, row.note]
+    return ["not measured" if peak is None else f"{peak / 1e6:.0f}", share]

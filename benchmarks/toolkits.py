@@ -12,7 +12,7 @@ from benchmarks.setting import RATIO, SHAPE
 
 
 @contextmanager
-def _installed(extra: str) -> Iterator[None]:
+def installed(extra: str) -> Iterator[None]:
     """BenchmarkError says what to install when a module is missing."""
     try:
         yield
@@ -24,7 +24,7 @@ class TorchPruning:
     """Torch-Pruning: each group by itself, the output layer left alone."""
 
     def __init__(self, example: Any) -> None:
-        with _installed("bench"):
+        with installed("bench"):
             self.module = import_module("torch_pruning")
         self.example = example
 
@@ -60,7 +60,7 @@ class PaddleSlim:
 
     def __init__(self) -> None:
         # The Paddle backend's own work-around: PaddleSlim 2.6.0 was written for an older Paddle.
-        with _installed("paddle"):
+        with installed("paddle"):
             self._toolkit = import_module("slimbridge_paddle._compat").paddleslim_pruning
             with self._toolkit():
                 pass

@@ -15,14 +15,11 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from benchmarks import machine
-from benchmarks.cases import series_of
+from benchmarks.cases import case, series_of
 from benchmarks.harness import BenchmarkError, measure
 from benchmarks.memory import peak_extra
 from benchmarks.records import Row, SeriesRecord
 from slimbridge.errors import SlimbridgeError, listed
-
-WARMUP = 1
-_MEMORY_RUNS = 2
 
 
 class _Memory(BaseModel):
@@ -33,20 +30,23 @@ def time_series(name: str, framework: str, repeats: int) -> SeriesRecord:
     """Check and time all competitors of a series here; errors as in `measure`."""
     before = machine.load_average()
     series = series_of(name, framework)
-    timings = measure(series.competitors, repeats, WARMUP)
+    warmup = case(name).warmup
+    timings = measure(series.competitors, repeats, warmup)
     rows = [
         Row(name=item.name, note=item.note, seconds=timings[item.name].seconds, facts=dict(timings[item.name].facts))
         for item in series.competitors
     ]
     return SeriesRecord(
         rows=tuple(rows),
-        warmup=WARMUP,
+        warmup=warmup,
         threads=series.threads,
         settings=machine.thread_settings(),
         versions=machine.versions(series.distributions),
         load_before=before,
         load_after=machine.load_average(),
         weights_bytes=series.weights_bytes,
+        ratio=series.ratio,
+        faster=series.faster,
     )
 
 
@@ -57,13 +57,13 @@ def memory_of(name: str, framework: str, competitor: str) -> int | None:
     if not found:
         known = listed(item.name for item in series.competitors)
         raise BenchmarkError(f"case '{name}', {framework}: no competitor '{competitor}'; it has: {known}")
-    found[0].run(found[0].prepare())
-    peaks = [peak_extra(found[0].run, found[0].prepare()) for _ in range(_MEMORY_RUNS)]
+    found[0].attempt()
+    peaks = [peak_extra(found[0].run, found[0].prepare()) for _ in range(case(name).memory_runs)]
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def run_series(name: str, framework: str, repeats: int, threads: int) -> SeriesRecord:
-    """A whole series: one process that times, then one for each competitor's memory.
+    """A whole series: one process that times, then one for each competitor's memory, where the case measures it.
 
     Args:
         name: of the case.
@@ -75,6 +75,8 @@ def run_series(name: str, framework: str, repeats: int, threads: int) -> SeriesR
         BenchmarkError: a process failed; the error ends with the last lines that it wrote.
     """
     timed = SeriesRecord.model_validate_json(_process(threads, name, framework, "--repeats", str(repeats)))
+    if not case(name).memory_runs:
+        return timed
     rows = []
     for row in timed.rows:
         answer = _Memory.model_validate_json(_process(threads, name, framework, "--memory", row.name))

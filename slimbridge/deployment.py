@@ -14,7 +14,7 @@ import numpy as np
 
 from slimbridge.deploy.onnx_run import fusion, runtimes
 from slimbridge.errors import FAILURES, RunError, SlimbridgeError, first_line
-from slimbridge.exports import FLOAT, ONNX, Exporter, Runner
+from slimbridge.exports import FLOAT, ONNX, ONNX_FLOAT, Exporter, Runner
 from slimbridge.onerun import machine
 from slimbridge.parity.tolerances import tolerance
 from slimbridge.ports import Array, Model, tensors_in
@@ -97,9 +97,9 @@ class _Bench:
     def _export_all(self) -> None:
         exporter = self.exporter
         own = exporter.backend.capabilities().forms
-        floats = [form for form in own if form.endswith(FLOAT) and form != "onnx_float"]
+        floats = [form for form in own if form.endswith(FLOAT) and form != ONNX_FLOAT]
         wanted: list[tuple[str, Which]] = [(form, "compressed") for form in exporter.forms()]
-        wanted += [(form, "baseline") for form in ([ONNX] if "onnx_float" in own else []) + floats]
+        wanted += [(form, "baseline") for form in ([ONNX] if ONNX_FLOAT in own else []) + floats]
         self.progress.start("exporting", len(wanted))
         for form, which in wanted:
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,8 @@ from slimbridge.tasks import Data
 ONNX = "onnx"
 FLOAT = "_float"
 """What the names of the forms end in that hold no integers."""
+ONNX_FLOAT = ONNX + FLOAT
+"""A backend's form that "onnx" is made of."""
 Runner = Callable[[Sequence[Array]], list[Array]]
 
 
@@ -52,6 +53,7 @@ class Exporter:
     model: Model | None = None
     data: Data | None = None
     _models: dict[Which, Model] = field(default_factory=dict)
+    _expected: dict[Which, list[Array]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder = RunFolder(self.path)
@@ -77,7 +79,7 @@ class Exporter:
         """What can be exported of the compressed model here."""
         own = self.backend.capabilities().forms
         mine = [form for form in own if not form.endswith(FLOAT)] if self.decision is not None else []
-        return (*([ONNX] if "onnx_float" in own else []), *mine)
+        return (*([ONNX] if ONNX_FLOAT in own else []), *mine)
 
     def model_of(self, which: Which) -> Model:
         """The run's baseline, or the model after its last stage, fake quantization included; not to be changed."""
@@ -91,8 +93,10 @@ class Exporter:
 
     def expected(self, which: Which) -> list[Array]:
         """The model's own outputs on each sample, all outputs flattened and joined."""
-        model = self.model_of(which)
-        return [joined(self._outputs(model, sample)) for sample in self.samples]
+        if which not in self._expected:
+            model = self.model_of(which)
+            self._expected[which] = [joined(self._outputs(model, sample)) for sample in self.samples]
+        return self._expected[which]
 
     def _outputs(self, model: Model, sample: Sequence[Array]) -> list[Array]:
         found = tensors_in(self.backend.forward(model, sample).output)
@@ -114,22 +118,28 @@ class Exporter:
         part = target.with_name(f".{target.name}.part")
         try:
             with locked(self.path / ".lock"):
-                shutil.rmtree(part, ignore_errors=True)  # what a killed export left
-                part.mkdir()
-                notes = self._write(form, which, part)
-                record = self._checked(form, which, part, target, notes)
-                write_file(part / "export.json", record.model_dump_json(indent=1))
-                shutil.rmtree(target, ignore_errors=True)
-                part.replace(target)
+                return self._replaced(form, which, part, target)
         except OSError as error:
             raise RunError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+    def _replaced(self, form: str, which: Which, part: Path, target: Path) -> Exported:
+        shutil.rmtree(part, ignore_errors=True)  # what a killed export left
+        try:
+            part.mkdir()
+            notes = self._write(form, which, part)
+            record = self._checked(form, which, part, target, notes)
+            write_file(part / "export.json", record.model_dump_json(indent=1))
+            shutil.rmtree(target, ignore_errors=True)
+            part.replace(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
         return record
 
     def _write(self, form: str, which: Which, folder: Path) -> tuple[str, ...]:
         decision = self.decision if which == "compressed" else None
         if form == ONNX:
             return self._write_onnx(decision, which, folder)
-        known = self.backend.capabilities().forms
+        known = [name for name in self.backend.capabilities().forms if name != ONNX_FLOAT]
         if form not in known:
             allowed = [*self.forms(), *(name for name in known if name.endswith(FLOAT))]
             raise BackendError(
@@ -143,7 +153,7 @@ class Exporter:
 
     def _write_onnx(self, decision: QuantizeDecision | None, which: Which, folder: Path) -> tuple[str, ...]:
         plain = self.backend.insert_quant(self.backend.clone(self.model_of(which)), {})
-        self.backend.export(plain, self.samples[0], folder, "onnx_float", None)
+        self.backend.export(plain, self.samples[0], folder, ONNX_FLOAT, None)
         sites = self._site_values(plain, decision) if decision is not None else {}
         weights = self.backend.read(plain)
         return write_onnx(folder / "model.onnx", decision, weights, sites, self.samples[0])
@@ -179,7 +189,7 @@ class Exporter:
             of=which,
             folder=str(target.relative_to(self.path)),
             size_bytes=sum(file.stat().st_size for file in part.rglob("*") if file.is_file()),
-            integer=which == "compressed" and self.decision is not None,
+            integer=which == "compressed" and self.decision is not None and not form.endswith(FLOAT),
             difference=difference,
             agreement=agreement,
             samples=len(self.samples),

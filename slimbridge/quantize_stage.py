@@ -12,7 +12,7 @@ from slimbridge.plan.registries import Observer
 from slimbridge.ports import Array, Backend, Model, QuantRequest
 from slimbridge.quantize.qat import Qat
 from slimbridge.quantize.quantizer import Quantizer, apply
-from slimbridge.quantize.targets import QUANTIZABLE, require_finite
+from slimbridge.quantize.targets import QUANTIZABLE
 from slimbridge.stages import Outcome, Scene, calibration_inputs, on_labels, skipped_notes, train_stage
 from slimbridge.train import evaluate
 
@@ -60,10 +60,7 @@ def rehearse_quantize(backend: Backend, model: Model, stage: QuantizeStage, exam
             )  # fmt: skip
         return
     quantizer = Quantizer(stage, backend.layers(model), backend.trace(model, example))
-    weights = backend.read(model)
-    for target in quantizer.targets:
-        require_finite(target, weights[target.weight])
-        quantizer.weight_grid(target, weights[target.weight])
+    quantizer.weight_grids(backend.read(model))
     if stage.mode == "static":
         quantizer.observe(backend, model, [example])
 

@@ -89,7 +89,7 @@ class Rehearsal:
     def _learns_labels(self) -> bool:
         """Does any training of the plan look at labels?"""
         stages = self.plan.stages
-        parts = ("finetune", "preparation", "gmp")
+        parts = ("finetune", "preparation", "gmp", "qat")
         trained = (self.plan.baseline.train, *(getattr(stage, part, None) for stage in stages for part in parts))
         rated = any(_needs_gradients(stage) for stage in stages)
         distilled = (Distiller(stage).needs_labels for stage in stages if isinstance(stage, DistillStage))

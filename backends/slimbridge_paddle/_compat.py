@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import cache
 from importlib import import_module
@@ -308,3 +308,24 @@ def quiet_descriptors() -> Iterator[None]:
             os.dup2(kept, descriptor)
             os.close(kept)
         os.close(sink)
+
+
+class ProductAsConvolution(paddle.nn.Linear):
+    """A linear layer as a convolution of images of one pixel; its weight is (out, in, 1, 1).
+
+    Paddle Inference 3.3's oneDNN passes take the steps of a linear layer's int8 weight along the wrong axis, and its
+    results are off by 1 to 40 %; a convolution's are right.
+
+    Attributes:
+        on_grid: puts its input on an integer grid, behind the reshape, where the runtime looks for that.
+    """
+
+    on_grid: Callable[[Any], Any]
+
+    def forward(self, x: Any) -> Any:
+        """Shape (..., in) -> (..., out); of a saved program, only the first size may be open."""
+        weight = self.weight
+        outputs, inputs = int(weight.shape[0]), int(weight.shape[1])
+        pixels = self.on_grid(paddle.reshape(x, [-1, inputs, 1, 1]))
+        made = paddle.nn.functional.conv2d(pixels, weight, self.bias)
+        return paddle.reshape(made, [*([-1] if len(x.shape) > 1 else []), *x.shape[1:-1], outputs])

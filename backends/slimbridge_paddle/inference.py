@@ -5,9 +5,13 @@ the representation that Paddle had before 3.0: Paddle Inference's oneDNN passes 
 kernels. Other ways to run such a program are wrong on Paddle 3.3 (`paddle.jit.load` quantizes where it should
 dequantize), so it is loaded here only.
 
-How the runtime differs from the simulation: an integer may be -128 where the decision says -127; behind a ReLU it takes
-unsigned integers over the same range, so a signed grid becomes twice as fine there, and an unsigned grid is exact
-there but twice as coarse elsewhere.
+How the runtime differs from the simulation:
+
+* an integer may be -128 where the decision says -127;
+* behind a ReLU it takes unsigned integers over the same range, so a signed grid becomes twice as fine there; an
+  unsigned grid is exact there, but twice as coarse elsewhere (behind a ReLU6 that is no module, or a sigmoid);
+* it takes the step of each channel of a weight from that channel's largest entry. Where that is not the largest
+  integer (learned steps, one step for all channels), weights move by up to half a step of their own.
 """
 
 from __future__ import annotations
@@ -85,7 +89,7 @@ def save(model: Any, target: Path, inputs: list[Any], old: bool = False) -> None
     try:
         with quiet_descriptors(), paddle.pir_utils.OldIrGuard() if old else nullcontext():
             paddle.jit.save(caller, str(target), input_spec=[inputs])
-    except Exception as error:  # noqa: BLE001  (a user's forward may raise anything)
+    except (*FAILURES, NameError) as error:
         raise ModelError(f"export: Paddle cannot save this {type(model).__name__}: {_cause(error)}") from error
     finally:
         paddle.disable_static()

@@ -70,14 +70,7 @@ def decide(model: Any, request: QuantRequest, batches: Sequence[Sequence[Array]]
     move(model, "gpu" if model_place(model).is_gpu_place() else "cpu", "float32")
     names = {layer.path: layer.params["weight"] for layer in layers(model) if "weight" in layer.params}
     chosen, skipped = _chosen(model, request.ignored)
-    options = {key: value for key, value in request.options.items() if key != "observer"}
-    with _toolkit(observer) as observers:
-        activation = getattr(observers, _OBSERVERS[observer][0])(quant_bits=request.activation_bits, **options)
-        weight = observers.AbsMaxChannelWiseWeightObserver(quant_bits=request.weight_bits)
-        quantized = _observed(model, chosen, activation, weight)
-        for batch in batches:
-            run.forward(quantized, batch, ())
-        found = {path: _thresholds(layer) for path, layer in walk(quantized) if path in chosen}
+    found = _calibrated(model, request, observer, chosen, batches)
     ran = {path: pair for path, pair in found.items() if pair is not None}
     if not ran:
         raise ModelError(f"native: Paddle quantized 0 of {len(names)} layers; it takes plain Conv2D and Linear layers")
@@ -89,6 +82,20 @@ def decide(model: Any, request: QuantRequest, batches: Sequence[Sequence[Array]]
         activations={path: _grid(pair[0], request.activation_bits, None) for path, pair in ran.items()},
         skipped=(*skipped, *idle),
     )
+
+
+def _calibrated(
+    model: Any, request: QuantRequest, observer: str, paths: Sequence[str], batches: Sequence[Sequence[Array]]
+) -> dict[str, tuple[Array, Array] | None]:
+    """Path -> thresholds of its input and its weight, None for a layer that did not run."""
+    options = {key: value for key, value in request.options.items() if key != "observer"}
+    with _toolkit(observer) as observers:
+        activation = getattr(observers, _OBSERVERS[observer][0])(quant_bits=request.activation_bits, **options)
+        weight = observers.AbsMaxChannelWiseWeightObserver(quant_bits=request.weight_bits)
+        quantized = _observed(model, paths, activation, weight)
+        for batch in batches:
+            run.forward(quantized, batch, ())
+        return {path: _thresholds(layer) for path, layer in walk(quantized) if path in paths}
 
 
 def _checked(request: QuantRequest) -> str:

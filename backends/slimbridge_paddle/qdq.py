@@ -17,11 +17,12 @@ import paddle
 from slimbridge.decisions import Fold, QuantizeDecision, QuantParams, Site
 from slimbridge.errors import BackendError, ModelError, listed
 from slimbridge.ports import Array, as_float64
+from slimbridge_paddle._compat import ProductAsConvolution
 from slimbridge_paddle.names import find_layers, layers, read, walk
 
 INT8 = "paddle_int8"
 _SIGNED, _UNSIGNED = ((-128, 127), (-127, 127)), (0, 255)
-_MOVING = (paddle.nn.MaxPool2D, paddle.nn.Dropout, paddle.nn.Flatten, paddle.nn.Identity)
+_MOVING = ("flatten_contiguous_range", "reshape2", "transpose2", "squeeze2", "unsqueeze2", "assign")
 _OFF_GRID = 0.01
 """Largest distance of a weight from its grid, in steps: what float32 loses, and no more."""
 
@@ -67,25 +68,21 @@ def quantize(model: Any, decision: QuantizeDecision) -> Callable[[], tuple[str, 
     sites = {Site.parse(key): grid for key, grid in decision.activations.items()}
     if any(site.side == "weight" for site in sites):
         raise BackendError(f"export: a weight is among the activations: {listed(map(str, sites))}")
-    _weights(model, decision, _fold(model, decision.folds))
+    made: dict[str, _Snap] = {}
+    _weights(model, decision, _fold(model, decision.folds), made)
     owners = find_layers(model, [site.path for site in sites], "export")
     reached: set[str] = set()
     calls = _Calls()
     model.register_forward_pre_hook(lambda layer, args: calls.clear(), prepend=True)
-    made: dict[str, _Snap] = {}
-    for layer in model.sublayers():
-        if isinstance(layer, _Product):
-            layer.made = made
-        elif isinstance(layer, _MOVING):
-            layer.register_forward_post_hook(partial(_moved, made))
     by_layer: dict[int, dict[Site, _Snap]] = {}
     for number, (site, grid) in enumerate(sites.items()):
         layer = owners[site.path]
         if isinstance(layer, paddle.nn.ReLU6) and site == Site(site.path, "output") and _unsigned(grid, 6):
             layer.__class__ = paddle.nn.ReLU  # the grid clips; the runtime's unsigned integers are for ReLU only
         snap = _Snap(_threshold(grid), partial(reached.add, str(site)), made)
-        if isinstance(layer, _Product) and site == Site(site.path):
-            layer.quant_input = snap
+        if isinstance(layer, ProductAsConvolution) and site == Site(site.path):
+            del layer.__dict__["on_grid"]
+            layer.on_grid = snap
             continue
         layer.add_sublayer(f"quant_site_{number}", snap)
         by_layer.setdefault(id(layer), {})[site] = snap
@@ -94,10 +91,20 @@ def quantize(model: Any, decision: QuantizeDecision) -> Callable[[], tuple[str, 
     return lambda: tuple(str(site) for site in sites if str(site) not in reached)
 
 
-def _moved(made: Mapping[str, _Snap], layer: Any, args: Any, output: Any) -> Any:
-    """What a layer that moves entries makes of a tensor on a grid is on that grid, and the runtime must be told."""
-    given = made.get(getattr(args[0], "name", "")) if args else None
-    return output if given is None or not isinstance(output, paddle.static.Variable) else given(output)
+def _again(made: Mapping[str, _Snap], x: Any) -> Any:
+    """Entries that were moved are still on the grid that they were on; the runtime must be told in front of a layer."""
+    name, operation = x.name, x.op
+    while name not in made and operation is not None and _moves(operation):
+        name = operation.input("X")[0]
+        operation = x.block.var(name).op
+    return made[name](x) if name in made and name != x.name else x
+
+
+def _moves(operation: Any) -> bool:
+    kind = operation.type
+    if kind == "dropout":
+        return bool(operation.attr("dropout_implementation") == "upscale_in_train")
+    return kind in _MOVING or (kind == "pool2d" and operation.attr("pooling_type") == "max")
 
 
 class _Calls(Counter[int]):
@@ -191,28 +198,7 @@ class _Weight(_Grid):
         return _operation("dequantize_linear", self.integers, self, 0)
 
 
-class _Product(paddle.nn.Linear):
-    """A linear layer as a convolution of 1x1 pixels; its weight is (out, in, 1, 1).
-
-    Paddle Inference 3.3 takes the steps of a linear layer's int8 weight along the wrong axis; a convolution's are
-    right. Its input is quantized behind the reshape, where the runtime looks for it.
-    """
-
-    made: Mapping[str, _Snap]
-    quant_input: _Snap
-
-    def forward(self, x: Any) -> Any:
-        weight = self.weight
-        outputs, inputs = int(weight.shape[0]), int(weight.shape[1])
-        pixels = paddle.reshape(x, [-1, inputs, 1, 1])
-        snap = self.quant_input if hasattr(self, "quant_input") else self.made.get(x.name)
-        if snap is not None:
-            pixels = snap(pixels)
-        made = paddle.nn.functional.conv2d(pixels, weight, self.bias)
-        return paddle.reshape(made, [*([-1] if len(x.shape) > 1 else []), *x.shape[1:-1], outputs])
-
-
-def _weights(model: Any, decision: QuantizeDecision, factors: Mapping[str, Array]) -> None:
+def _weights(model: Any, decision: QuantizeDecision, factors: Mapping[str, Array], made: Mapping[str, _Snap]) -> None:
     table = dict(walk(model))
     arrays = read(model)
     unknown = [name for name in decision.weights if name not in arrays]
@@ -231,8 +217,11 @@ def _weights(model: Any, decision: QuantizeDecision, factors: Mapping[str, Array
         threshold = np.broadcast_to(_threshold(decision.weights[name]), integers.shape[:1])
         threshold = threshold * factors.get(name, 1.0)
         if isinstance(native, paddle.nn.Linear):
-            native.__class__ = _Product
+            native.__class__ = ProductAsConvolution
+            native.on_grid = partial(_again, made)
             integers = integers[:, :, None, None]
+        else:
+            native.register_forward_pre_hook(lambda layer, args: (_again(made, args[0]), *args[1:]) if args else None)
         _replace_weight(native, _Weight(integers, threshold))
     if len(used) < len(decision.weights):
         missing = [name for name in decision.weights if name not in used]

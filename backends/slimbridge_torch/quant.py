@@ -162,24 +162,16 @@ def insert_quant(
         ModelError: a path, a weight or a parameter that does not exist, or a name that is taken; nothing is changed.
     """
     modules = find_modules(model, tuple(site.path for site in quants), "quantize")
-    added: dict[tuple[int, str], tuple[nn.Module, str, Array, bool]] = {}
-    for site, quant in quants.items():
-        _check(site, modules[site.path])
-        for name, value in (*quant.parameters.items(), *quant.buffers.items()):
-            module, attribute = modules[site.path], attribute_of(site, name)
-            taken = hasattr(module, attribute) and attribute not in inserted_names(module)
-            if taken or (id(module), attribute) in added:
-                raise ModelError(f"quantize '{site}': its layer has a '{attribute}' already")
-            added[id(module), attribute] = (module, attribute, value, name in quant.parameters)
+    added = _added(modules, quants)
     kept = {site: _places(model, modules, site, quants) for site in quants}
-    values = {key: tensor(_floating(entry[2]) if entry[3] else np.asarray(entry[2])) for key, entry in added.items()}
+    values = [tensor(value) for _, _, value, _ in added]
     remove_quant(model)
-    for key, (module, attribute, _, trained) in added.items():
+    for (module, attribute, _, trained), value in zip(added, values, strict=True):
         module.__dict__.setdefault(INSERTED, set()).add(attribute)
         if trained:
-            module.register_parameter(attribute, nn.Parameter(values[key]))
+            module.register_parameter(attribute, nn.Parameter(value))
         else:
-            module.register_buffer(attribute, values[key])
+            module.register_buffer(attribute, value)
     whole = _Pass(model)
     layers: dict[int, tuple[nn.Module, _Layer]] = {}
     for site, quant in quants.items():
@@ -193,19 +185,29 @@ def insert_quant(
         module.register_forward_hook(_After(layer), always_call=True)
 
 
+def _added(
+    modules: Mapping[str, nn.Module], quants: Mapping[Site, FakeQuant]
+) -> list[tuple[nn.Module, str, Array, bool]]:
+    """Module, attribute and initial value of what will be kept, and whether it is trained."""
+    found: dict[tuple[int, str], tuple[nn.Module, str, Array, bool]] = {}
+    for site, quant in quants.items():
+        module = modules[site.path]
+        if site.side == "weight" and module._parameters.get("weight") is None:
+            raise ModelError(f"quantize '{site}': the layer has no weight of its own")
+        for name, value in (*quant.parameters.items(), *quant.buffers.items()):
+            attribute, trained = attribute_of(site, name), name in quant.parameters
+            taken = hasattr(module, attribute) and attribute not in inserted_names(module)
+            if taken or (id(module), attribute) in found:
+                raise ModelError(f"quantize '{site}': its layer has a '{attribute}' already")
+            array = np.asarray(value, dtype=np.float64) if trained else np.asarray(value)
+            found[id(module), attribute] = (module, attribute, array, trained)
+    return list(found.values())
+
+
 def attribute_of(site: Site, name: str) -> str:
     """What a site's layer calls that part of a fake quantization: "quant_input1_0_step"."""
     call = "" if site.call is None else f"_{site.call}"
     return f"quant_{site.side}{site.argument or ''}{call}_{name}"
-
-
-def _floating(value: Array) -> Array:
-    return np.asarray(value, dtype=np.float64)
-
-
-def _check(site: Site, module: nn.Module) -> None:
-    if site.side == "weight" and module._parameters.get("weight") is None:
-        raise ModelError(f"quantize '{site}': the layer has no weight of its own")
 
 
 def _places(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slimbridge.deploy.onnx_net import ModelProto, Net, Node, attributes, node, require
+from slimbridge.deploy.onnx_net import ModelProto, Net, Node, attributes, failures, node, require
 from slimbridge.errors import ModelError, first_line
 
 
@@ -97,7 +97,7 @@ def _basic(model: ModelProto) -> ModelProto:
         options.optimized_model_filepath = str(path)
         try:
             runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors share no other base class
+        except failures() as error:
             raise ModelError(f"the ONNX file cannot be loaded: {first_line(error)}") from error
         return onnx.load(str(path))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slimbridge.decisions import QuantizeDecision
 from slimbridge.deploy.onnx_clean import clean
-from slimbridge.deploy.onnx_net import require
+from slimbridge.deploy.onnx_net import failures, require
 from slimbridge.deploy.onnx_qdq import QdqReport, quantize
 from slimbridge.errors import ModelError, first_line, listed
 from slimbridge.files import write_file
@@ -38,7 +38,7 @@ def write_onnx(
     onnx = require("onnx")
     try:
         model = onnx.load(str(path))
-    except Exception as error:  # protobuf's and onnx's errors share no other base class
+    except failures() as error:
         raise ModelError(f"{path}: not an ONNX file: {first_line(error)}") from error
     model, notes = clean(model), list[str]()
     if decision is not None:

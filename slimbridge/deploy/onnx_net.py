@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from slimbridge.errors import BackendError, ModelError, first_line
+from slimbridge.errors import FAILURES, BackendError, ModelError, first_line
 from slimbridge.ports import Array
 
 ModelProto: TypeAlias = Any
@@ -25,6 +26,19 @@ def require(module: str) -> Any:
     except ImportError as error:
         extra = "openvino" if module.startswith("openvino") else "deploy"
         raise BackendError(f"{module} is not installed: pip install 'slimbridge[{extra}]'") from error
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """What onnx, protobuf and the runtimes raise; they share no base class, and each is optional."""
+    found: list[type[BaseException]] = []
+    for module in (
+        *("onnxruntime.capi.onnxruntime_pybind11_state", "google.protobuf.message"),
+        *("onnx.checker", "onnx.version_converter", "onnx.shape_inference"),
+    ):
+        with suppress(ImportError):
+            known = vars(import_module(module)).values()
+            found.extend(item for item in known if isinstance(item, type) and issubclass(item, Exception))
+    return (*FAILURES, *found)
 
 
 def attributes(node: Node) -> dict[str, Any]:
@@ -165,7 +179,7 @@ def run_all(model: ModelProto, inputs: Iterable[Array]) -> dict[str, Array]:
     try:
         session = runtime.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
         values = dict(zip([item.name for item in session.get_outputs()], session.run(None, fed), strict=True))
-    except Exception as error:  # onnxruntime's errors share no other base class
+    except failures() as error:
         raise ModelError(f"the ONNX file does not run: {first_line(error)}") from error
     order = [*fed, *made]
     return {name: array for name in order if (array := {**fed, **values}[name]).dtype == np.float32}

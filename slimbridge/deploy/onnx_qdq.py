@@ -9,7 +9,7 @@ from slimbridge.decisions import QuantizeDecision, Site
 from slimbridge.deploy.onnx_cells import Cell, Cells
 from slimbridge.deploy.onnx_dynamic import make_dynamic
 from slimbridge.deploy.onnx_match import Matches, match, weight_readers
-from slimbridge.deploy.onnx_net import LAYERS, ModelProto, Net, Node, require
+from slimbridge.deploy.onnx_net import LAYERS, ModelProto, Net, Node, failures, require
 from slimbridge.deploy.onnx_weights import BLOCKS_SINCE, Stored, stored, write_bias, write_weight
 from slimbridge.errors import ModelError, listed
 from slimbridge.parity.measure import relative
@@ -51,11 +51,16 @@ def quantize(
     Activations are unsigned and weights signed 8-bit integers, which is what CPU runtimes have fast kernels for; a
     grid of the other kind is moved, which changes no value. An activation that only clips (ReLU, ReLU6) before a grid
     becomes bounds of the grid. Grids of fewer bits keep their bounds by a Clip on the integers; weights of at most 4
-    bits are packed in the mode "weight_only". Biases become int32 of step (input step * weight step).
+    bits are packed in the mode "weight_only".
+
+    Biases stay in float, as in the model: rounded to int32 they would move the sums before they are rounded to a grid.
+    onnxruntime (1.21 and later) rounds them itself when it fuses a layer, openvino does not need it. Only a linear
+    layer whose output is on no grid, as the last one, has an int32 bias of step (input step * weight step), without
+    which onnxruntime would compute it in float.
 
     Args:
-        model: a cleaned float model whose weights are on their grids.
-        decision: grids; its folds are in the weights already.
+        model: a cleaned float model, its weights on their grids and the folds in them.
+        decision: grids.
         weights: canonical name -> values on their grid, of all in `decision.weights` at least.
         sites: key of a `Site` -> value in the float pass over `inputs`, of all activations of the decision.
         inputs: of one pass, random or real.
@@ -63,19 +68,17 @@ def quantize(
     Raises:
         ModelError: a weight is missing or not on its grid, or nothing was found in the file.
     """
-    grids = decision.activations or decision.dynamic
     lost = [name for name in decision.weights if name not in weights]
     if lost:
         raise ModelError(f"no values for the quantized weights {listed(lost)}")
-    model = _upgraded(model, decision)
-    values = {key: sites[key] for key in grids if key in sites}
-    found = match(model, {name: weights[name] for name in decision.weights}, values, inputs)
+    model, grids = _upgraded(model, decision), decision.activations or decision.dynamic
+    wanted = {name: weights[name] for name in decision.weights}
+    found = match(model, wanted, {key: sites[key] for key in grids if key in sites}, inputs)
     unmatched = (*found.unmatched, *(key for key in grids if key not in sites))
     if decision.weights and not found.weights:
         raise ModelError("none of the quantized weights was found in the ONNX file")
     writer = _Writer(Net.of(model), decision, weights, found)
-    made = writer.write()
-    return made, writer.report(unmatched)
+    return writer.write(), writer.report(unmatched)
 
 
 @dataclass
@@ -85,6 +88,7 @@ class _Writer:
     weights: Mapping[str, Array]
     found: Matches
     notes: list[str] = field(default_factory=list)
+    ends: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.layers = [n for n in self.net.nodes if n.op_type in LAYERS and n.input[1] in self.net.constants]
@@ -97,6 +101,7 @@ class _Writer:
         cells.absorb()
         cells.tighten()
         on_grid = {id(item): cells.seen_by(item, item.input[0]) for item in self.layers}
+        self.ends = {id(item) for item in self.layers if item.output[0] not in cells.tensors}
         cells.write()
         for name, grid in self.decision.weights.items():
             if name not in self.found.weights:
@@ -148,20 +153,23 @@ class _Writer:
         for item in left:
             cell = on_grid.get(id(item))
             self.with_inputs += cell is not None
-            reason = None if cell is None else write_bias(self.net, item, weight, cell)
+            last = cell is not None and item.op_type == "Gemm" and id(item) in self.ends
+            reason = write_bias(self.net, item, weight, cell) if cell is not None and last else None
             if reason is not None:
                 self.notes.append(f"{name}: {reason}; it stays in float, and with it the layer in most runtimes")
 
     def _dynamic(self, name: str, item: Node, weight: Stored) -> bool:
-        source = item.input[0]
-        keys = [k for k, tensor in self.found.sites.items() if k in self.decision.dynamic and tensor == source]
-        if not any(item is own for key in keys for own in self._own_reader(key, source)):
-            return False
-        reason = make_dynamic(self.net, item, weight)
-        if reason is not None:
+        """Give a layer a step found at run time; False when the decision has none for it, or it cannot be."""
+        for key, tensor in self.found.sites.items():
+            grid = self.decision.dynamic.get(key)
+            if grid is None or not any(item is own for own in self._own_reader(key, tensor)):
+                continue
+            reason = make_dynamic(self.net, item, weight, grid)
+            if reason is None:
+                self.with_inputs += 1
+                return True
             self.notes.append(f"{name}: {reason}; its weight is stored in integers and computed with in float")
-        self.with_inputs += reason is None
-        return reason is None
+        return False
 
     def report(self, unmatched: tuple[str, ...]) -> QdqReport:
         placed = tuple(self.found.sites)
@@ -179,8 +187,6 @@ def _remarks(decision: QuantizeDecision) -> list[str]:
         made.append(f"{narrow} grids of fewer than 8 bits are stored in 8 bits: no smaller and no faster than 8 bits")
     if any(grid.rounding == "away" for grid in decision.activations.values()):
         made.append("activations halfway between two integers are rounded to even, in training away from zero")
-    if any(grid.symmetric or (grid.low, grid.high) != (0, 255) for grid in decision.dynamic.values()):
-        made.append("inputs of linear layers are put on 0..255 over their own range, as ONNX defines it")
     return made
 
 
@@ -193,5 +199,5 @@ def _upgraded(model: ModelProto, decision: QuantizeDecision) -> ModelProto:
     onnx = require("onnx")
     try:
         return Net.of(onnx.version_converter.convert_version(model, BLOCKS_SINCE)).model()
-    except Exception as error:  # its errors share no other base class
+    except failures() as error:
         raise ModelError(f"the ONNX file cannot be brought to opset {BLOCKS_SINCE}: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from slimbridge.deploy.onnx_net import require
+from slimbridge.deploy.onnx_net import failures, require
 from slimbridge.errors import BackendError, ModelError, first_line, listed, nearest
 from slimbridge.ports import Array
 
@@ -89,15 +89,13 @@ def open_runtime(path: Path, runtime: str, threads: int = 1, optimise: bool = Tr
     opener = _openvino if runtime == "openvino" else _onnxruntime
     try:
         run = opener(path, threads, optimise)
-    except BackendError:
-        raise
-    except Exception as error:  # runtimes have no base class of their own for errors
+    except failures() as error:
         raise ModelError(f"{path}: {runtime} cannot load it: {first_line(error)}") from error
 
     def guarded(inputs: Sequence[Array]) -> list[Array]:
         try:
             return run(inputs)
-        except Exception as error:  # as above
+        except failures() as error:
             raise ModelError(f"{path}: {runtime} cannot run it: {first_line(error)}") from error
 
     return guarded
@@ -115,9 +113,7 @@ def fusion(path: Path) -> Fusion:
         target = Path(folder) / "optimised.onnx"
         try:
             _session(path, 1, True, target)
-        except BackendError:
-            raise
-        except Exception as error:  # onnxruntime's errors share no other base class
+        except failures() as error:
             raise ModelError(f"{path}: onnxruntime cannot load it: {first_line(error)}") from error
         operators = Counter(item.op_type for item in onnx.load(str(target)).graph.node)
     integer = {kind: sum(operators[name] for name in names) for kind, (names, _) in _KINDS.items()}
@@ -133,6 +129,8 @@ def _session(path: Path, threads: int, optimise: bool, target: Path | None = Non
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
+    # Float32 inputs stay so for linear layers with integer weights; the default rounds them to 8 bits.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if target is not None:
         options.optimized_model_filepath = str(target)
     return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -145,8 +143,10 @@ def _onnxruntime(path: Path, threads: int, optimise: bool) -> Run:
 
 
 def _openvino(path: Path, threads: int, optimise: bool) -> Run:
-    # Without the hint OpenVINO computes float models in bfloat16 where the processor has it.
-    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    # Left to itself OpenVINO computes float models in bfloat16 where the processor has it, and rounds the inputs of
+    # linear layers with integer weights to 8 bits.
+    options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    options |= {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     core = require("openvino").Core()
     model = core.read_model(str(path))
     requests: dict[Any, Any] = {}

@@ -103,12 +103,12 @@ def write_weight(net: Net, initialiser: str, weight: Stored) -> str:
 
 
 def write_bias(net: Net, item: Node, weight: Stored, cell: Cell) -> str | None:
-    """Give a convolution or linear node on a grid an int32 bias of step (input step * weight step).
+    """Give a linear node whose input is on a grid an int32 bias of step (input step * weight step).
 
     Returns:
         Why the bias stays in float, None when it does not (or there is none).
     """
-    if item.op_type not in ("Conv", "Gemm") or len(item.input) < 3 or not item.input[2]:
+    if len(item.input) < 3 or not item.input[2]:
         return None
     bias = net.constants.get(item.input[2])
     options = attributes(item)

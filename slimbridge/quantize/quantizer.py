@@ -111,12 +111,15 @@ class Quantizer:
         Raises:
             ModelError: a weight is not finite.
         """
+        return self.decision(self.weight_grids(weights), self.activation_grids(observers))
+
+    def weight_grids(self, weights: Mapping[str, Array]) -> dict[str, QuantParams]:
+        """The grids of the targets' weights, folded first; errors as `decide`."""
         folded = {**weights, **fold_weights(weights, self.folds)}
         for target in self.targets:
             require_finite(target, weights[target.weight])
             require_finite(target, folded[target.weight], FOLDED)
-        grids = {target.weight: self.weight_grid(target, folded[target.weight]) for target in self.targets}
-        return self.decision(grids, self.activation_grids(observers))
+        return {target.weight: self.weight_grid(target, folded[target.weight]) for target in self.targets}
 
     def activation_grids(self, observers: Mapping[Site, Observer]) -> dict[Site, QuantParams]:
         """The grid of each site that was observed."""

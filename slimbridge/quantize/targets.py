@@ -14,7 +14,8 @@ from slimbridge.graph import Graph, Node
 from slimbridge.plan.quantizing import QuantizeStage
 from slimbridge.ports import Array, Layer
 
-QUANTIZABLE = ("conv", "linear")
+QUANTIZABLE = ("conv", "conv_transpose", "linear")
+"""Kinds of layers that are counted and named; of a transposed convolution it is told that it stays in float."""
 FOLDED = "its weight with the BatchNorm folded in"
 
 
@@ -73,7 +74,7 @@ def _reason(stage: QuantizeStage, layer: Layer, node: Node | None) -> str | None
         return "ignored_layers names it"
     if node is None:
         return "a forward pass does not run it as a layer"
-    if node.attrs.get("transposed"):
+    if layer.kind == "conv_transpose" or node.attrs.get("transposed"):
         return "a transposed convolution stays in float: no runtime computes it in integers"
     if stage.mode == "dynamic" and layer.kind != "linear":
         return "mode dynamic is for linear layers"

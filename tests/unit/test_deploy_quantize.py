@@ -85,9 +85,7 @@ class Block:
     def run(self, grids: Mapping[str, QuantParams]) -> dict[str, np.ndarray]:
         """Values of the sites before they are put on their grids, and the output."""
         values, seen = {"a": self.x.astype(np.float64)}, lambda key: fake(values[key], grids.get(key))
-        biases = {
-            name: self.bias(name, grids.get(site)) for name, site in (("a", "a"), ("b", "relu:output"), ("fc", "fc"))
-        }
+        biases = {**self.biases, "fc": self.last_bias(grids.get("fc"))}
         relu = lambda x: np.clip(x, 0, 6 if self.relu6 else None)  # noqa: E731
         values["relu:output"] = relu(convolved(seen("a"), self.weights["a.weight"], biases["a"], 1))
         values["b:output"] = convolved(seen("relu:output"), self.weights["b.weight"], biases["b"], 0)
@@ -96,13 +94,13 @@ class Block:
         values["out"] = seen("fc") @ self.weights["fc.weight"].T.astype(np.float64) + biases["fc"]
         return values
 
-    def bias(self, name: str, grid: QuantParams | None) -> np.ndarray:
+    def last_bias(self, grid: QuantParams | None) -> np.ndarray:
         """In integers of the product of the steps, where the layer's input is on a grid."""
-        weight = self.grids.get(f"{name}.weight")
+        weight = self.grids.get("fc.weight")
         if grid is None or weight is None or any(weight.zero_point):
-            return self.biases[name]
+            return self.biases["fc"]
         step = np.float64(np.float32(grid.step[0]) * np.asarray(weight.step, np.float32))
-        return np.rint(self.biases[name] / step) * step
+        return np.rint(self.biases["fc"] / step) * step
 
     def model(self) -> onnx.ModelProto:
         made = {name: array for name, array in self.weights.items() if name != "fc.weight"}
@@ -222,9 +220,9 @@ def test_a_layers_own_input_leaves_other_readers_alone(tmp_path: Path) -> None:
         0,
         None,
     )
-    branch = convolved(fake(seen, own), block.weights["b.weight"], block.bias("b", own), 0)
+    branch = convolved(fake(seen, own), block.weights["b.weight"], block.biases["b"], 0)
     pooled = fake(np.clip(seen + branch, 0, None).mean((2, 3)), decision.activations["fc"])
-    expected = pooled @ block.weights["fc.weight"].T + block.bias("fc", decision.activations["fc"])
+    expected = pooled @ block.weights["fc.weight"].T + block.last_bias(decision.activations["fc"])
     assert relative(as_written(model, tmp_path, [block.x]), expected) <= CLOSE
 
 
@@ -236,7 +234,10 @@ def test_only_weights(tmp_path: Path) -> None:
         assert any("not faster" in note for note in report.notes)
         stored = {item.name: item for item in model.graph.initializer}
         assert len(stored["a.weight/integers"].raw_data or stored["a.weight/integers"].int32_data) <= 162 * size
-        assert relative(as_written(model, tmp_path, [block.x]), block.run({})["out"]) <= CLOSE
+        expected = block.run({})["out"]
+        for optimise in (False, True):
+            assert relative(as_written(model, tmp_path, [block.x], optimise), expected) <= CLOSE
+        assert relative(open_runtime(tmp_path / "model.onnx", "openvino")([block.x])[0], expected) <= CLOSE
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -256,23 +257,38 @@ def test_weights_in_groups(tmp_path: Path, bits: int) -> None:
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_steps_at_run_time(tmp_path: Path, signed: bool) -> None:
-    block = Block()
-    weight, x = block.weights["fc.weight"], np.random.default_rng(3).standard_normal((5, 6)).astype(np.float32)
-    grid = weight_grid(weight, signed=signed)
-    weight = on_grid(weight, grid)
-    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)]
-    model = file_of(nodes, {"x": x.shape}, {"y": (5, 4)}, {"w": weight, "b": block.biases["fc"]})
-    dynamic = {"fc": DynamicGrid(low=0, high=255, symmetric=False)}
-    decision = QuantizeDecision(observer="none", mode="dynamic", weights={"fc.weight": grid}, dynamic=dynamic)
-    made, report = quantize(clean(model), decision, {"fc.weight": weight}, {"fc": x}, [x])
-    assert (report.weights, report.inputs, report.notes) == (1, 1, ())
-    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-    step = np.float32((high - low) / 255)
-    own = QuantParams(step=(float(step),), zero_point=(int(np.rint(-low / step)),), low=0, high=255)
-    expected = fake(x, own) @ weight.T.astype(np.float64) + block.biases["fc"]
+@pytest.mark.parametrize(("low", "high", "symmetric"), [(0, 255, False), (-127, 127, True), (-7, 7, True)])
+def test_steps_at_run_time(tmp_path: Path, low: int, high: int, symmetric: bool, signed: bool) -> None:
+    """Two layers in a row, so that the names of one are not the other's."""
+    draw, biases = np.random.default_rng(3), {"p.b": np.ones(6, np.float32), "q.b": np.zeros(4, np.float32)}
+    x = draw.standard_normal((5, 6)).astype(np.float32)
+    weights = {
+        name: draw.standard_normal(shape).astype(np.float32)
+        for name, shape in (("p.weight", (6, 6)), ("q.weight", (4, 6)))
+    }
+    grids = {name: weight_grid(weight, signed=signed) for name, weight in weights.items()}
+    weights = {name: on_grid(weight, grids[name]) for name, weight in weights.items()}
+    nodes = [
+        helper.make_node("Gemm", ["x", "p.weight", "p.b"], ["linear"], transB=1),
+        helper.make_node("Gemm", ["linear", "q.weight", "q.b"], ["y"], transB=1),
+    ]
+    model = clean(file_of(nodes, {"x": x.shape}, {"y": (5, 4)}, {**weights, **biases}))
+    dynamic = {name: DynamicGrid(low=low, high=high, symmetric=symmetric) for name in ("p", "q")}
+    decision = QuantizeDecision(observer="none", mode="dynamic", weights=grids, dynamic=dynamic)
+    made, report = quantize(model, decision, weights, {"p": x, "q": run_all(model, [x])["linear"]}, [x])
+    assert (report.weights, report.inputs, report.notes) == (2, 2, ())
+    seen = x
+    for name in ("p", "q"):
+        bottom, top = min(float(seen.min()), 0.0), max(float(seen.max()), 0.0)
+        step = np.float32(max(-bottom, top) / high if symmetric else (top - bottom) / 255)
+        zero = 0 if symmetric else int(np.rint(-bottom / step))
+        own = QuantParams(step=(float(step),), zero_point=(zero,), low=low, high=high)
+        seen = fake(seen, own) @ weights[f"{name}.weight"].T.astype(np.float64) + biases[f"{name}.b"]
     for optimise in (False, True):
-        assert relative(as_written(made, tmp_path, [x], optimise), expected) <= CLOSE
+        assert relative(as_written(made, tmp_path, [x], optimise), seen) <= CLOSE
+    assert fusion(tmp_path / "model.onnx").counts["linear layers"] == (2, 2)
+    zeros = np.zeros((5, 6), np.float32)
+    assert np.isfinite(as_written(made, tmp_path, [zeros])).all()
 
 
 def test_convolutions_have_no_steps_at_run_time(tmp_path: Path) -> None:
@@ -286,11 +302,11 @@ def test_convolutions_have_no_steps_at_run_time(tmp_path: Path) -> None:
 
 def test_a_bias_too_large_stays_in_float(tmp_path: Path) -> None:
     block = Block()
-    block.biases["b"] = np.full(6, 1e9, np.float32)
+    block.biases["fc"] = np.full(4, 1e9, np.float32)
     decision = decided(block, {"a": "signed"})
-    grids = {**decision.activations, "relu:output": QuantParams(step=(1e-6,), low=0, high=255)}
+    grids = {**decision.activations, "fc": QuantParams(step=(2.0**-20,), low=0, high=255)}
     model, report = written(block, decision.model_copy(update={"activations": grids}))
-    assert any(note.startswith("b.weight: its bias is too large") for note in report.notes)
+    assert any(note.startswith("fc.weight: its bias is too large") for note in report.notes)
     assert np.isfinite(as_written(model, tmp_path, [block.x])).all()
 
 

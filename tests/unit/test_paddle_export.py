@@ -94,7 +94,9 @@ def test_several_inputs_and_nested_outputs(tmp_path: Path) -> None:
 
 
 def test_a_crash_of_paddle2onnx_is_an_error_of_one_line(tmp_path: Path, capfd: Any) -> None:
-    with pytest.raises(ModelError, match=r"^export: paddle2onnx failed: .*unsupported operators.* \(exit status -\d+\)$"):
+    with pytest.raises(
+        ModelError, match=r"^export: paddle2onnx failed: .*unsupported operators.* \(exit status -\d+\)$"
+    ):
         BACKEND.export(Odd(paddle.lgamma), PAIR, tmp_path, "onnx_float")
     assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "") and paddle.in_dynamic_mode()
 

@@ -19,7 +19,7 @@ from slimbridge.parity import tolerance  # noqa: E402
 from slimbridge.parity.measure import relative  # noqa: E402
 from slimbridge.ports import Array  # noqa: E402
 from slimbridge.quantize.fake import Static  # noqa: E402
-from slimbridge_paddle import inference  # noqa: E402
+from slimbridge_paddle import inference, qdq  # noqa: E402
 
 nn = paddle.nn
 BACKEND = slimbridge_paddle.create()
@@ -77,10 +77,10 @@ def small(seed: int = 0) -> Any:
     return BACKEND.write(model, {**arrays, **folded})
 
 
-def on_grid(model: Any) -> dict[str, QuantParams]:
+def on_grid(model: Any, paths: tuple[str, ...] = LAYERS) -> dict[str, QuantParams]:
     """Write the weights' grid values; their grids."""
     arrays, grids = BACKEND.read(model), {}
-    for path in LAYERS:
+    for path in paths:
         weight = arrays[f"{path}.weight"]
         steps = np.float32(np.abs(weight).reshape(len(weight), -1).max(1) / 127)
         shaped = steps.reshape((-1,) + (1,) * (weight.ndim - 1))
@@ -124,6 +124,20 @@ def test_the_int8_program_gives_what_the_simulation_gives(
     assert all(np.array_equal(before[name], after[name]) for name in before) and model.training
     assert capfd.readouterr() == ("", "") and paddle.in_dynamic_mode()
     assert {path.name for path in tmp_path.iterdir()} == {"model.pdmodel", "model.pdiparams"}
+
+
+def test_layers_without_a_grid_in_front_stay_right(tmp_path: Path) -> None:
+    model = small()
+    whole = decided(model, LAYER_SITES)
+    for number, sites in enumerate(((), ("inner",), ("stem", "fc"))):
+        some = {key: whole.activations[key] for key in sites}
+        for folds in ((), (FOLD,)):
+            folder = tmp_path / f"{number}{len(folds)}"
+            folder.mkdir()
+            decision = whole.model_copy(update={"activations": some, "folds": folds})
+            BACKEND.export(model, [IMAGES], folder, INT8, decision)
+            found = BACKEND.load_exported(folder, INT8, 1)([IMAGES])[0]
+            assert relative(found, simulated(model, decision)) < tolerance("forward_quantized").value
 
 
 class One(nn.Layer):
@@ -215,7 +229,10 @@ def refused() -> Iterator[tuple[Mapping[str, Any], str]]:
     weight, site = "only.weight", "only"
     yield {"weights": {weight: grid([0.1] * 8, axis=0, group=2)}}, "a step for each output channel, or one for all"
     yield {"weights": {weight: grid([0.1] * 4, axis=1)}}, "a step for each output channel, or one for all"
-    yield {"weights": {weight: grid(0.1, -7, 7)}}, r"integers -7..7; paddle_int8 allows -128..127 or -127..127 \(8 bits\)"
+    yield (
+        {"weights": {weight: grid(0.1, -7, 7)}},
+        r"integers -7..7; .* allows -128..127 or -127..127 \(8 bits\)",
+    )
     yield {"weights": {weight: grid(0.1, 0, 255)}}, r"integers 0..255; paddle_int8 allows -128..127 or -127..127"
     yield {"activations": {site: grid(0.1, -128, 127, zero_point=(3,))}}, r"'only': zero point 3; .*no zero point"
     yield {"activations": {site: grid(0.1, 0, 15)}}, r"integers 0..15; .*or 0..255 \(8 bits\)"
@@ -291,3 +308,75 @@ def test_silencing_compiled_code_is_still_needed(tmp_path: Path, monkeypatch: An
     BACKEND.load_exported(tmp_path, INT8, 1)
     printed = "".join(capfd.readouterr())
     assert "quantized" in printed
+
+
+class Product(nn.Layer):
+    """A linear layer with an int8 weight, as Paddle's own conversion writes it."""
+
+    def __init__(self, integers: Array, steps: Array, step: float) -> None:
+        super().__init__()
+        self.integers = qdq._Weight(np.int8(integers.T), np.float32(steps * 127))
+        self.input = qdq._Snap(np.float32([step * 127]), lambda: None, {})
+        self.bias = self.create_parameter([len(integers)], is_bias=True)
+
+    def forward(self, x: Any) -> Any:
+        weight = qdq._operation("dequantize_linear", self.integers.integers, self.integers, 1)
+        return paddle.nn.functional.linear(self.input(x), weight, self.bias)
+
+
+def test_linear_layers_as_convolutions_are_still_needed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    integers, steps = rng.integers(-127, 128, (16, 6)), rng.uniform(0.01, 0.1, 16)
+    integers[:, 0] = 127
+    inputs = rng.integers(-127, 128, (4, 6))
+    images = np.float32(inputs * 0.25)
+    inference.save(Product(integers, steps, 0.25), tmp_path / "model", inference.specs([images], free=True), old=True)
+    found = BACKEND.load_exported(tmp_path, INT8, 1)([images])[0]
+    assert relative(found, inputs @ integers.T * steps * 0.25) > tolerance("forward_quantized").value
+
+
+def test_linear_layers_on_sequences(tmp_path: Path) -> None:
+    """Their input may have any number of axes."""
+    rng = np.random.default_rng(1)
+    model = One(nn.Linear(6, 4))
+    integers = rng.integers(-126, 127, (4, 6))
+    integers[:, 2] = -127
+    inputs = rng.integers(-127, 128, (2, 5, 3, 6))
+    BACKEND.write(model, {"only.weight": integers * 0.5, "only.bias": np.zeros(4)})
+    decision = QuantizeDecision(observer="", weights={"only.weight": grid(0.5)}, activations={"only": grid(0.25)})
+    given = np.float32(inputs * 0.25)
+    BACKEND.export(model, [given], tmp_path, INT8, decision)
+    run = BACKEND.load_exported(tmp_path, INT8, 1)
+    for size in (2, 1):
+        found = run([given[:size]])[0]
+        expected = inputs[:size] @ integers.T * 0.125
+        assert found.shape == expected.shape and relative(found, expected) < tolerance("operation").value
+
+
+class Clipped(nn.Layer):
+    """Convolutions with ReLU6 between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2D(3, 8, 3)
+        self.clip = nn.ReLU6()
+        self.second = nn.Conv2D(8, 4, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.second(paddle.nn.functional.max_pool2d(self.clip(self.first(x)), 2))
+
+
+def test_unsigned_integers_behind_relu6_and_pools(tmp_path: Path) -> None:
+    """They are as fine as the decision says, where a signed grid over the same range would be twice as coarse."""
+    paddle.seed(2)
+    model = Clipped()
+    BACKEND.write(model, {"first.weight": BACKEND.read(model)["first.weight"] * 8}, partial=True)
+    weights = on_grid(model, ("first", "second"))
+    step = np.float32(np.abs(IMAGES).max() / 127)
+    activations = {"first": grid(step), "clip:output": grid(6 / 255, 0, 255)}
+    decision = QuantizeDecision(observer="", weights=weights, activations=activations)
+    BACKEND.export(model, [IMAGES], tmp_path, INT8, decision)
+    expected = simulated(model, decision)
+    found = relative(BACKEND.load_exported(tmp_path, INT8, 1)([IMAGES])[0], expected)
+    coarse = decision.model_copy(update={"activations": {**activations, "clip:output": grid(6 / 127)}})
+    assert found < tolerance("forward_quantized").value and found < relative(simulated(model, coarse), expected) / 2

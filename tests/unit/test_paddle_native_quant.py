@@ -147,7 +147,7 @@ def test_nothing_quantized_no_batch_and_a_model_that_fails() -> None:
         BACKEND.native_quantize(nn.Sequential(nn.Conv1D(3, 4, 1)), QuantRequest("paddle.ptq"), [[np.ones((1, 3, 4))]])
     with pytest.raises(ModelError, match="at least one calibration batch is needed"):
         BACKEND.native_quantize(small(), QuantRequest("paddle.ptq"), [])
-    with pytest.raises(ModelError, match="Paddle's calibration with 'absmax' failed: .*channel"):
+    with pytest.raises(ModelError, match=r"Paddle's calibration with 'absmax' failed: .*channel"):
         BACKEND.native_quantize(small(), QuantRequest("paddle.ptq"), [[np.ones((1, 2, 6, 6))]])
     with pytest.raises(ModelError, match="the model has no layer 'steem'"):
         BACKEND.native_quantize(small(), QuantRequest("paddle.ptq", ignored=("steem",)), BATCHES)

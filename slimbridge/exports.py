@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from slimbridge.decisions import QuantizeDecision, Site
 from slimbridge.deploy.onnx_file import write_onnx
 from slimbridge.deploy.onnx_run import open_runtime
 from slimbridge.discovery import get_backend
-from slimbridge.errors import BackendError, ModelError, RunError, listed, nearest
+from slimbridge.errors import BackendError, ModelError, RunError, SlimbridgeError, listed, nearest
 from slimbridge.files import locked, make_folder, write_file
 from slimbridge.onerun import PROBE, rebuild
 from slimbridge.parity.measure import relative
@@ -27,6 +26,7 @@ from slimbridge.report.deploy_records import Exported, Which
 from slimbridge.resolve import build_model, plan_data
 from slimbridge.runfolder import RunFolder, stage_names
 from slimbridge.tasks import Data
+from slimbridge.train import Progress, Quiet
 
 ONNX = "onnx"
 FLOAT = "_float"
@@ -231,7 +231,7 @@ def export(
     *,
     model: Model | None = None,
     data: Data | None = None,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> tuple[Exported, ...]:
     """Export the compressed model of a complete run into its folder `exports`.
 
@@ -240,18 +240,28 @@ def export(
         forms: "onnx", or forms of the framework's own; empty for all that can be written here.
         model: a fresh, uncompressed model of the run's framework, where the plan names none.
         data: as for `compress`, where the plan names none; its first test samples are what exports are compared on.
-        progress: who is told.
+        progress: who is told, of forms that were not named and cannot be written too.
 
     Raises:
-        SlimbridgeError: a form cannot be written or is not true to the model; what was exported before it stays.
+        SlimbridgeError: a form that was named, or all there are, cannot be written or is not true to the model; what
+            was exported before it stays.
     """
     exporter = Exporter(Path(run_dir), model, data)
+    shown = progress or Quiet()
     wanted = tuple(forms) or exporter.forms()
     if not wanted:
         raise BackendError("nothing can be exported here; pip install 'slimbridge[deploy]'")
-    done = []
+    done: list[Exported] = []
+    failed: list[SlimbridgeError] = []
     for form in wanted:
-        if progress is not None:
-            progress.start(f"exporting {form}", 1)
-        done.append(exporter.export(form))
+        shown.start(f"exporting {form}", 1)
+        try:
+            done.append(exporter.export(form))
+        except SlimbridgeError as error:
+            failed.append(error)
+            if forms:
+                raise
+            shown.say(f"{form}: not written: {' '.join(str(error).split())}")
+    if failed and not done:
+        raise failed[0]
     return tuple(done)

@@ -39,7 +39,7 @@ def with_defaults(plan: Plan) -> Plan:
 
 
 def _stage(stage: Any) -> Any:
-    if isinstance(stage, QuantizeStage) and stage.engine == "own":
+    if isinstance(stage, QuantizeStage) and stage.engine == "own" and stage.mode == "static":
         defaults = _defaults(OBSERVERS.get(stage.observer))
         new_observer(stage)  # refuses options that the observer does not have, before anything runs
         return stage.model_copy(update={"observer_options": {**defaults, **stage.observer_options}})

@@ -11,7 +11,7 @@
     checkpoint-01-prune.safetensors    of the training that is under way
     under-way/           what else the stage under way keeps: measured sensitivity curves, a choice by measured times
     report.json          once all stages are done
-    exports/             one folder for each exported form, baseline/ for those of the baseline
+    exports/             one folder for each exported form, baseline-<form> for those of the baseline
     bench.json           times of the exported forms
 
 A stage's folder appears at once, by renaming, when the stage is complete.

@@ -71,6 +71,7 @@ class PaddleBackend:
             native_engines=native.engines(),
             native_quantizers=native_quant.quantizers(),
             forms=export.forms(),
+            runtimes={form: f"Paddle Inference {paddle.__version__}, oneDNN" for form in inference.FORMS},
         )
 
     def owns(self, model: object) -> bool:

@@ -45,7 +45,8 @@ def match(
     """Match by value: the tensor, or initialiser, of as many entries that agrees best, within "export_match".
 
     Where several agree equally (a tensor and its reshaped self), the one that the layer's own node reads is taken for
-    a site "<layer>", for others the first one that is no layer's output on its way into an activation.
+    a site "<layer>", for others the first one that is no layer's output on its way into an activation; the outputs of
+    two layers are never one tensor (an average over a single pixel gives what it was given).
 
     Args:
         model: a cleaned float model.
@@ -97,6 +98,7 @@ class _Tensors:
 
     def __init__(self, net: Net, values: Mapping[str, Array]) -> None:
         self.net, self.values = net, values
+        self.taken: set[str] = set()
         self.makers, self.readers = net.makers(), net.readers()
         self.norms = {name: float(np.linalg.norm(array.astype(np.float64))) for name, array in values.items()}
 
@@ -122,7 +124,10 @@ class _Tensors:
             for name in names:
                 if any(item.input[0] == name for item in own):
                     return name
-        return next((name for name in names if not self._goes_into_activation(name)), names[0])
+        free = [name for name in names if name not in self.taken] or names if site.side == "output" else names
+        found = next((name for name in free if not self._goes_into_activation(name)), free[0])
+        self.taken.update([found] if site.side == "output" else ())
+        return found
 
     def _own_nodes(self, path: str, weights: Mapping[str, Weight]) -> Iterable[Node]:
         weight = weights.get(f"{path}.weight" if path else "weight")

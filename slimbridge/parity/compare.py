@@ -173,8 +173,18 @@ def _decision_difference(ours: Decision, theirs: Decision) -> float:
 
 
 def _step_difference(ours: QuantizeDecision, theirs: QuantizeDecision) -> float:
-    """Largest relative difference of two activation steps; infinite when other layers are quantized."""
-    if ours.activations.keys() != theirs.activations.keys():
+    """Largest relative difference of two activation steps; infinite when other tensors or other grids are used.
+
+    A zero point may be the neighbouring integer, where its rounding is near a tie.
+    """
+    forms = [
+        {key: (grid.low, grid.high, grid.rounding) for key, grid in side.activations.items()} for side in (ours, theirs)
+    ]
+    if forms[0] != forms[1] or ours.dynamic != theirs.dynamic:
+        return float("inf")
+    if any(
+        abs(grid.zero_point[0] - theirs.activations[key].zero_point[0]) > 1 for key, grid in ours.activations.items()
+    ):
         return float("inf")
     pairs = [(grid.step[0], theirs.activations[path].step[0]) for path, grid in ours.activations.items()]
     steps = np.array(pairs, dtype=np.float64)

@@ -109,13 +109,13 @@ class QuantizeStage(Section):
 def _misfits(stage: QuantizeStage) -> tuple[tuple[bool, str], ...]:
     """What does not go together, and what to say of it."""
     grouped = stage.weight_granularity == "group"
-    fields = type(stage).model_fields
-    own = [name for name in _OWN_ONLY if getattr(stage, name) != fields[name].default]
-    named = ", ".join(own)
+    own = _set(stage, _OWN_ONLY)
+    idle = _set(stage, _UNUSED[stage.mode])
     return (
+        (bool(idle), f"mode {stage.mode} does not look at {', '.join(idle)}: leave it out"),
         ((stage.engine == "native") != (stage.native is not None), "engine native and a section 'native' go together"),
         (stage.engine == "native" and stage.mode != "static", "engine native is for mode static"),
-        (stage.engine == "native" and bool(own), f"engine native decides by its own rules: leave out {named}"),
+        (stage.engine == "native" and bool(own), f"engine native decides by its own rules: leave out {', '.join(own)}"),
         (grouped != (stage.group_size is not None), "weight_granularity group and group_size go together"),
         (
             grouped and stage.qat is not None and stage.qat.weight_ranges != "absmax",
@@ -150,6 +150,18 @@ def _misfits(stage: QuantizeStage) -> tuple[tuple[bool, str], ...]:
     )
 
 
+def _set(stage: QuantizeStage, names: tuple[str, ...]) -> list[str]:
+    """Those of the names that are not at their default."""
+    fields = type(stage).model_fields
+    return [name for name in names if getattr(stage, name) != fields[name].default]
+
+
+_CALIBRATED = ("placement", "observer", "observer_options", "calibration_batches", "calibration_batch_size")
+_UNUSED = {
+    "static": (),
+    "dynamic": _CALIBRATED,
+    "weight_only": (*_CALIBRATED, "activation_bits", "activation_scheme"),
+}
 _SYMMETRIC = ("paddle",)
 _OWN_ONLY = (
     "definition",

@@ -15,7 +15,9 @@ from slimbridge.parity import differing, largest, relative, tolerance
 from slimbridge.plan import DistillStage, PruneStage, QuantizeStage
 from slimbridge.ports import Array, Backend, DType, Loss, Model, OptimizerSettings, tensors_in
 from slimbridge.prune import Pruner
-from slimbridge.quantize import Quantizer, integer_weights
+from slimbridge.quantize.fold import fold_weights
+from slimbridge.quantize.quantizer import apply, integer_weights
+from slimbridge.quantize_stage import decide_grids
 from slimbridge.weights import digest_of
 
 BATCH, CLASSES, STEPS = 8, 10, 10
@@ -156,13 +158,11 @@ def test_quantization(torch_backend: Backend, paddle_backend: Backend, name: str
     integers, steps, outputs = [], [], []
     for backend in (torch_backend, paddle_backend):
         model = build(backend, name, width=16)
-        quantizer = Quantizer(QuantizeStage())
-        layers = backend.layers(model)
-        thresholds = quantizer.observe(backend, model, quantizer.chosen(layers)[0], batches)
-        decision = quantizer.decide(layers, backend.read(model), thresholds)
-        integers.append(integer_weights(decision, backend.read(model)))
+        decision = decide_grids(backend, model, QuantizeStage(), [probe[:2]], batches)
+        before = backend.read(model)
+        integers.append(integer_weights(decision, {**before, **fold_weights(before, decision.folds)}))
         steps.append({path: grid.step[0] for path, grid in decision.activations.items()})
-        outputs.append(logits(backend, quantizer.apply(backend, model, decision), probe))
+        outputs.append(logits(backend, apply(backend, model, decision), probe))
     assert integers[0]
     assert differing(integers[0], integers[1]) <= tolerance("integers").value
     assert steps[0].keys() == steps[1].keys()

@@ -130,7 +130,7 @@ stages:
         ({**PRUNE, "ignored_layers": "conv"}, "stages[0].ignored_layers", "found 'conv'"),
         ({**PRUNE, "kind": "prun"}, "stages[0]", "(did you mean 'prune'?)"),
         ({"pruning_ratio": 0.5}, "stages[0]", "has no 'kind'; allowed: prune, sparsify, distill, quantize, finetune"),
-        ({**QUANTIZE, "weight_bits": 7}, "stages[0].weight_bits", "found 7; allowed: 8"),
+        ({**QUANTIZE, "weight_bits": 9}, "stages[0].weight_bits", "found 9"),
         ({**QUANTIZE, "observer": "abs_max"}, "stages[0].observer", "(did you mean 'absmax'?)"),
         ({"kind": "finetune", "train": {"epochs": 1.5}}, "stages[0].train.epochs", "found 1.5"),
         ({"kind": "finetune", "train": {"epochs": True}}, "stages[0].train.epochs", "found True"),

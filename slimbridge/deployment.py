@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from slimbridge.deploy.onnx_run import fusion, runtimes
+from slimbridge.deploy.trust import objection
 from slimbridge.errors import FAILURES, RunError, SlimbridgeError, first_line
 from slimbridge.exports import FLOAT, ONNX, ONNX_FLOAT, Exporter, Runner
 from slimbridge.onerun import machine
-from slimbridge.parity.tolerances import tolerance
 from slimbridge.ports import Array, Model, tensors_in
 from slimbridge.report.deploy_records import Deployment, Exported, Timed, Which
 from slimbridge.report.html import write_html
@@ -154,12 +154,9 @@ class _Bench:
         except (*FAILURES, SlimbridgeError) as error:
             self.failed.append(f"{export.form} of the {export.of} model in {label}: {first_line(error)}")
             return None
-        allowed = tolerance("export_runtime")
-        if not difference <= allowed.value:
-            self.failed.append(
-                f"{export.form} of the {export.of} model in {label}: not timed, its outputs differ by {difference:.3g} "
-                f"({allowed.unit}), {allowed.value:g} is allowed"
-            )
+        wrong = objection(difference, agreement, "export_runtime")
+        if wrong is not None:
+            self.failed.append(f"{export.form} of the {export.of} model in {label}: not timed: {wrong}")
             return None
         fused = fusion(folder / "model.onnx").counts if name == "onnxruntime" and export.integer else {}
         row = Timed(

@@ -13,12 +13,12 @@ import numpy as np
 from slimbridge.decisions import QuantizeDecision, Site
 from slimbridge.deploy.onnx_file import write_onnx
 from slimbridge.deploy.onnx_run import open_runtime
+from slimbridge.deploy.trust import objection
 from slimbridge.discovery import get_backend
 from slimbridge.errors import BackendError, ModelError, RunError, SlimbridgeError, listed, nearest
 from slimbridge.files import locked, make_folder, write_file
 from slimbridge.onerun import PROBE, rebuild
 from slimbridge.parity.measure import relative
-from slimbridge.parity.tolerances import tolerance
 from slimbridge.ports import Array, Backend, Model, tensors_in
 from slimbridge.quantize.fake import Recorder
 from slimbridge.rehearse import first_inputs
@@ -176,14 +176,9 @@ class Exporter:
     def _checked(self, form: str, which: Which, part: Path, target: Path, notes: tuple[str, ...]) -> Exported:
         run = self.runner(form, part, "onnxruntime", 1, optimise=False)
         difference, agreement = self.compare(run, which)
-        row = "export" if form == ONNX else "export_runtime"
-        allowed = tolerance(row)
-        if not difference <= allowed.value:
-            raise ModelError(
-                f"export '{form}': its outputs differ from the model's by {difference:.3g} ({allowed.unit}), "
-                f"{allowed.value:g} is allowed;\nit was deleted. Largest outputs agree in "
-                f"{'-' if agreement is None else f'{agreement:.0%}'} of {len(self.samples)} samples"
-            )
+        wrong = objection(difference, agreement, "export" if form == ONNX else "export_runtime")
+        if wrong is not None:
+            raise ModelError(f"export '{form}': {wrong};\nit was deleted")
         return Exported(
             form=form,
             of=which,

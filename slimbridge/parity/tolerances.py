@@ -92,6 +92,15 @@ TOLERANCES: dict[str, Tolerance] = {
         "runtimes fuse layers and keep products in integers up to the next grid, so that they round at other places: "
         "flips by one integer in each layer",
     ),
+    "export_classes": Tolerance(
+        0.05,
+        RELATIVE,
+        "the same of a trained classifier that keeps its classes: flips add up over fifty layers and more",
+    ),
+    "export_runtime_classes": Tolerance(
+        0.2, RELATIVE, "the same; on a grid of 4 bits one integer is a fifteenth of the range"
+    ),
+    "export_agreement": Tolerance(0.01, "share of the samples", "a sample between two classes may go to the other one"),
     "fake_quant": Tolerance(0.0, ENTRIES, "division, rounding half to even and product are exact float32 operations"),
     "range_search": Tolerance(
         0.01,

@@ -17,6 +17,7 @@ import pytest
 
 import slimbridge as sb
 from slimbridge import cli, exports
+from slimbridge.deploy import trust
 from slimbridge.errors import BackendError, ModelError, RunError
 from slimbridge.exports import Exporter, export
 from slimbridge.files import locked

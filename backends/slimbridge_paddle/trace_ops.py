@@ -156,7 +156,8 @@ def _elementwise(builder: Builder, call: Call) -> list[Ref]:
     source = builder.tensor(first)
     if builder.shapes[source] != call.shape:
         raise Unsupported
-    return [Active(builder.one("elementwise", (source,), call.shape, op=call.name))]
+    scales = call.name == "dropout" and call.attrs.get("mode") == "downgrade_in_infer"  # at inference too
+    return [Active(builder.one("elementwise", (source,), call.shape, op="scale" if scales else call.name))]
 
 
 def _binary(builder: Builder, call: Call) -> list[Ref]:

@@ -107,7 +107,7 @@ def _write_onnx(model: nn.Module, inputs: Sequence[Tensor], target: Path) -> Non
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     options = {"dynamo": True, "opset_version": _OPSET, "external_data": size > _LARGEST, "verbose": False}
     free = pt2e.doubled(inputs)
-    shapes = tuple({0: torch.export.Dim.AUTO} if x.ndim else None for x in free)
+    shapes = tuple({0: torch.export.Dim.DYNAMIC} if x.ndim else None for x in free)
     try:
         try:
             torch.onnx.export(model, free, target, dynamic_shapes=shapes, **options)

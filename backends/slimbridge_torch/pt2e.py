@@ -59,7 +59,7 @@ def export(model: nn.Module, inputs: Sequence[Tensor], folder: Path) -> None:
 def exported(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
     """A program of `torch.export`, whose first axes are free where the model allows it."""
     free = doubled(inputs)
-    shapes = tuple({0: torch.export.Dim.AUTO} if x.ndim else None for x in free)
+    shapes = tuple({0: torch.export.Dim.DYNAMIC} if x.ndim else None for x in free)
     try:
         return torch.export.export(model, free, dynamic_shapes=shapes, strict=False)
     except FAILURES:

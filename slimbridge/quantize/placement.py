@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slimbridge.decisions import Fold, Site, Skipped
 from slimbridge.graph import Call, Graph, Node
@@ -69,6 +69,7 @@ def place_full(graph: Graph, paths: Collection[str], folds: Collection[Fold]) ->
 
 class _Placing:
     def __init__(self, graph: Graph, paths: frozenset[str], folds: Collection[Fold]) -> None:
+        graph = _without_copies(graph)
         self.graph, self.paths = graph, paths
         self.folded = {fold.scale for fold in folds}
         self.makers = {tensor: node for node in graph.nodes for tensor in node.outputs}
@@ -155,8 +156,6 @@ class _Placing:
         """Does it only move entries, zeros beside them at most?"""
         if node.kind in ("reshape", "transpose", "slice", "split"):
             return True
-        if node.kind == "elementwise":
-            return node.attrs.get("op") in _SAME_VALUES
         return node.kind == "pool" and node.attrs.get("op") == "max"
 
     def _sites(self, tensor: int) -> tuple[Site, ...]:
@@ -187,6 +186,27 @@ class _Placing:
         return frozenset(found)
 
 
+def _without_copies(graph: Graph) -> Graph:
+    """The graph without operations that give what they are given, which one framework's trace has and another's not."""
+    same: dict[int, int] = {}
+    for node in graph.nodes:
+        if node.kind == "elementwise" and node.attrs.get("op") in _SAME_VALUES:
+            same[node.outputs[0]] = same.get(node.inputs[0], node.inputs[0])
+    if not same:
+        return graph
+
+    def true(tensors: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(same.get(tensor, tensor) for tensor in tensors)
+
+    nodes = (node for node in graph.nodes if not (node.kind == "elementwise" and node.outputs[0] in same))
+    return replace(
+        graph,
+        nodes=tuple(replace(node, inputs=true(node.inputs)) for node in nodes),
+        outputs=true(graph.outputs),
+        calls=tuple(Call(call.path, true(call.inputs), true(call.outputs)) for call in graph.calls),
+    )
+
+
 Address = tuple[str, int, int]
 
 
@@ -203,6 +223,6 @@ def _addresses(calls: tuple[Call, ...]) -> tuple[dict[int, Address], dict[int, l
             if tensor not in call.inputs:
                 given.setdefault(tensor, (call.path, number, position))
         for position, tensor in enumerate(call.inputs):
-            if call.path not in parents:
+            if call.path not in parents and tensor not in call.outputs:
                 taken.setdefault(tensor, []).append((call.path, number, position))
     return given, taken, counts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from slimbridge.decisions import QuantizeDecision, Site
 from slimbridge.errors import PlanError, listed, nearest
@@ -13,23 +12,29 @@ from slimbridge.ports import Array, Backend, Model, QuantRequest
 from slimbridge.quantize.qat import Qat
 from slimbridge.quantize.quantizer import Quantizer, apply
 from slimbridge.quantize.targets import QUANTIZABLE
-from slimbridge.stages import Outcome, Scene, calibration_inputs, on_labels, skipped_notes, train_stage
-from slimbridge.train import evaluate
+from slimbridge.stages import Outcome, Scene, calibration_stream, on_labels, skipped_notes, train_stage
+from slimbridge.tasks import Data
+from slimbridge.train import Progress, evaluate
 
 
 def quantize_stage(scene: Scene, name: str, stage: QuantizeStage, model: Model) -> Outcome:
     """Put a model on integer grids."""
     backend = scene.backend
-    inputs = calibration_inputs(backend, scene.data, scene.plan.seed, stage) if stage.mode == "static" else []
-    scene.progress.start(f"{name}: calibrating", max(len(inputs), 1))
+    scene.progress.start(f"{name}: calibrating", stage.calibration_batches if stage.mode == "static" else 1)
+    inputs = _told(calibration_inputs(backend, scene.data, scene.plan.seed, stage), scene.progress)
     if stage.engine == "native":
         return _native(scene, stage, model, inputs)
     quantizer = Quantizer(stage, backend.layers(model), backend.trace(model, scene.example))
-    observers = _observers(quantizer, backend, model, _told(inputs, scene.progress))
+    observers = _observers(quantizer, backend, model, inputs)
     if stage.qat is not None:
         return _trained(scene, name, quantizer, model, observers)
     decision = quantizer.decide(backend.read(model), observers)
-    return Outcome(apply(backend, model, decision), decision, notes=_notes(scene, model, decision, len(inputs)))
+    return Outcome(apply(backend, model, decision), decision, notes=_notes(scene, model, decision, quantizer.observed))
+
+
+def calibration_inputs(backend: Backend, data: Data, seed: int, stage: QuantizeStage) -> Iterator[tuple[Array, ...]]:
+    """Inputs of the training batches that a stage calibrates on, one batch at a time."""
+    return (inputs for inputs, _ in calibration_stream(backend, data, seed, stage))
 
 
 def decide_grids(
@@ -88,13 +93,14 @@ def _trained(
     model = backend.hold_statistics(backend.insert_quant(model, {}), False)
     decision, real = qat.decide(values)
     model = apply(backend, backend.write(model, real, partial=True), decision)
-    calibrated = quantizer.stage.calibration_batches
-    notes = _notes(scene, model, decision, calibrated)
+    notes = _notes(scene, model, decision, quantizer.observed)
     return Outcome(model, decision, metric_before_training=before, epochs=epochs, notes=notes)
 
 
-def _native(scene: Scene, stage: QuantizeStage, model: Model, inputs: list[tuple[Array, ...]]) -> Outcome:
+def _native(scene: Scene, stage: QuantizeStage, model: Model, inputs: Iterable[tuple[Array, ...]]) -> Outcome:
+    """Another toolkit is given all batches at once."""
     assert stage.native is not None
+    batches = list(inputs)
     request = QuantRequest(
         quantizer=stage.native.quantizer,
         weight_bits=stage.weight_bits,
@@ -102,13 +108,13 @@ def _native(scene: Scene, stage: QuantizeStage, model: Model, inputs: list[tuple
         ignored=stage.ignored_layers,
         options=stage.native.options,
     )
-    decision = scene.backend.native_quantize(model, request, inputs)
+    decision = scene.backend.native_quantize(model, request, batches)
     model = apply(scene.backend, model, decision)
     line = f"decided by {stage.native.quantizer}, applied by slimbridge"
-    return Outcome(model, decision, notes=(line, *_notes(scene, model, decision, len(inputs))))
+    return Outcome(model, decision, notes=(line, *_notes(scene, model, decision, len(batches))))
 
 
-def _told(items: list[tuple[Array, ...]], progress: Any) -> Iterator[tuple[Array, ...]]:
+def _told(items: Iterable[tuple[Array, ...]], progress: Progress) -> Iterator[tuple[Array, ...]]:
     for item in items:
         yield item
         progress.step()

@@ -28,11 +28,11 @@ from slimbridge.prune.sparsifier import masks_in_force
 from slimbridge.prune_stages import basis_for, decide_masks, replayable
 from slimbridge.quantize.fold import fold_weights
 from slimbridge.quantize.quantizer import integer_weights
-from slimbridge.quantize_stage import decide_grids
+from slimbridge.quantize_stage import calibration_inputs, decide_grids
 from slimbridge.rehearse import EXAMPLE, first_inputs
 from slimbridge.resolve import build_model, plan_data
 from slimbridge.runfolder import RunFolder, save_probe, stage_names
-from slimbridge.stages import Scene, calibration_inputs
+from slimbridge.stages import Scene
 from slimbridge.tasks import Data, Split, metrics
 from slimbridge.train import Progress, Quiet, outputs_of
 from slimbridge.weights import digest_of, save_weights

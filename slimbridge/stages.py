@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -163,19 +163,19 @@ class Calibrated(Protocol):
         """Samples in each."""
 
 
-def calibration(backend: Backend, data: Data, seed: int, stage: Calibrated) -> list[Batch]:
-    """The training batches that a stage looks at: the same on every framework."""
+def calibration_stream(backend: Backend, data: Data, seed: int, stage: Calibrated) -> Iterator[Batch]:
+    """The training batches that a stage looks at, one at a time: the same on every framework."""
     seed_all(backend, derived_seed(seed, "calibration"))
     source, size, count = data.train, stage.calibration_batch_size, stage.calibration_batches
     order = None
     if isinstance(source, Split):
         order = epoch_order(len(source), seed, "calibration")[: size * count]
-    return list(islice(batches(source, size, order), count))
+    return islice(batches(source, size, order), count)
 
 
-def calibration_inputs(backend: Backend, data: Data, seed: int, stage: Calibrated) -> list[tuple[Array, ...]]:
-    """Their inputs."""
-    return [inputs for inputs, _ in calibration(backend, data, seed, stage)]
+def calibration(backend: Backend, data: Data, seed: int, stage: Calibrated) -> list[Batch]:
+    """All of them."""
+    return list(calibration_stream(backend, data, seed, stage))
 
 
 def on_labels(scene: Scene, model: Model) -> Objective:

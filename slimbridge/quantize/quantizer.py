@@ -31,12 +31,16 @@ class Quantizer:
         layers: all layers of the model, in order of definition.
         graph: of the model.
 
+    Attributes:
+        observed: calibration batches that `observe` was given.
+
     Raises:
         ModelError: a pattern of ignored_layers matches nothing, or nothing is left to quantize.
     """
 
     def __init__(self, stage: QuantizeStage, layers: Sequence[Layer], graph: Graph) -> None:
         self.stage, self.graph = stage, graph
+        self.observed = 0
         self.targets, self._skipped = find_targets(stage, layers, graph)
 
     @cached_property
@@ -97,6 +101,7 @@ class Quantizer:
                 if not isfinite(found.absmax):
                     raise ModelError(f"calibration batch {count}: the tensor '{site}' is not finite")
                 observers.setdefault(site, new_observer(self.stage)).update(found)
+        self.observed = count
         if not count:
             raise SlimbridgeError("calibration: the training data gave no batch")
         return observers

@@ -151,6 +151,7 @@ def conformance(backend: str, device: Device, as_json: bool) -> bool:
 
 def show_backends(as_json: bool) -> None:
     """Print what each registered backend can do here, or why it cannot be used."""
+    from slimbridge.deploy.onnx_run import runtimes
     from slimbridge.discovery import backend_names, get_backend
 
     facts: dict[str, Any] = {}
@@ -168,8 +169,13 @@ def show_backends(as_json: bool) -> None:
         for key, value in found.items():
             items = [f"{k} {v}" for k, v in value.items()] if isinstance(value, dict) else value
             shown = ", ".join(items) if isinstance(items, (list, tuple)) else str(items)
+            if key == "forms":
+                shown = shown.replace("onnx_float", "onnx")
             if key != "backend":
                 console.print(f"  {key.replace('_', ' ')}: {shown}", highlight=False, markup=False, soft_wrap=True)
+
+    found = ", ".join(f"{name} {version}" for name, version in runtimes().items())
+    console.print(f"ONNX files run in: {found or 'nothing that is installed'}", highlight=False, soft_wrap=True)
 
 
 def inspect_model(name: str, backend: str, image_size: int | None, as_json: bool) -> None:

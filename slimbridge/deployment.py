@@ -33,7 +33,7 @@ def bench(
     threads: int = 1,
     rounds: int = ROUNDS,
     model: Model | None = None,
-    data: Data | None = None,
+    data: Data | tuple[Any, Any] | None = None,
     progress: Progress | None = None,
 ) -> Deployment:
     """Export what is not exported yet, check every form in every runtime, time them in turns, and show it all.

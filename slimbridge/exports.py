@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from slimbridge.report.deploy_records import Exported, Which
 from slimbridge.resolve import build_model, plan_data
 from slimbridge.runfolder import RunFolder, stage_names
 from slimbridge.tasks import Data
+from slimbridge.tasks.own import as_data
 from slimbridge.train import Progress, Quiet
 
 ONNX = "onnx"
@@ -51,11 +53,12 @@ class Exporter:
 
     path: Path
     model: Model | None = None
-    data: Data | None = None
+    data: Data | tuple[Any, Any] | None = None
     _models: dict[Which, Model] = field(default_factory=dict)
     _expected: dict[Which, list[Array]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._data = as_data(self.data)
         self.folder = RunFolder(self.path)
         self.folder.require_complete()
         self.plan = self.folder.plan()
@@ -66,7 +69,7 @@ class Exporter:
     @cached_property
     def samples(self) -> list[tuple[Array, ...]]:
         """Inputs of single samples that exports are compared on."""
-        inputs = first_inputs(self.data or plan_data(self.plan), PROBE)
+        inputs = first_inputs(self._data or plan_data(self.plan), PROBE)
         return [tuple(array[i : i + 1] for array in inputs) for i in range(len(inputs[0]))]
 
     @cached_property
@@ -85,11 +88,19 @@ class Exporter:
         """The run's baseline, or the model after its last stage, fake quantization included; not to be changed."""
         if which not in self._models:
             names = stage_names(self.plan)
-            fresh = build_model(self.plan, self.backend) if self.model is None else self.backend.clone(self.model)
+            fresh = self._fresh() if self.model is None else self.backend.clone(self.model)
             self._models[which] = rebuild(
                 self.backend, fresh, self.folder, names[0] if which == "baseline" else names[-1]
             )
         return self._models[which]
+
+    def _fresh(self) -> Model:
+        if self.plan.model is None:
+            raise RunError(
+                f"{self.path}: the plan names no model, it was given; give a fresh one, in Python:\n"
+                "sb.export(run, model=MyNet(), data=(train, test)), and sb.bench likewise"
+            )
+        return build_model(self.plan, self.backend)
 
     def expected(self, which: Which) -> list[Array]:
         """The model's own outputs on each sample, all outputs flattened and joined."""
@@ -222,17 +233,17 @@ def runtime_name(form: str, backend: Backend) -> str:
 
 def export(
     run_dir: str | Path,
-    forms: Sequence[str] = (),
+    forms: str | Sequence[str] = (),
     *,
     model: Model | None = None,
-    data: Data | None = None,
+    data: Data | tuple[Any, Any] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Exported, ...]:
     """Export the compressed model of a complete run into its folder `exports`.
 
     Args:
         run_dir: the run's folder.
-        forms: "onnx", or forms of the framework's own; empty for all that can be written here.
+        forms: "onnx", or one or several forms of the framework's own; empty for all that can be written here.
         model: a fresh, uncompressed model of the run's framework, where the plan names none.
         data: as for `compress`, where the plan names none; its first test samples are what exports are compared on.
         progress: who is told, of forms that were not named and cannot be written too.
@@ -243,6 +254,7 @@ def export(
     """
     exporter = Exporter(Path(run_dir), model, data)
     shown = progress or Quiet()
+    forms = (forms,) if isinstance(forms, str) else forms
     wanted = tuple(forms) or exporter.forms()
     if not wanted:
         raise BackendError("nothing can be exported here; pip install 'slimbridge[deploy]'")

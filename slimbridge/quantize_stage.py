@@ -125,8 +125,10 @@ def _notes(scene: Scene, model: Model, decision: QuantizeDecision, found: int) -
     line = f"{len(decision.weights)} of {candidates} convolution and linear layers quantized"
     if decision.mode == "static":
         line += f", {len(decision.activations)} tensors on grids, {found} calibration batches"
-    speed = (
-        "this model computes its integers in float and is no faster; "
-        "`slimbridge export` writes files that compute in int8"
+    narrow = any(grid.high - grid.low < 254 for grid in (*decision.weights.values(), *decision.activations.values()))
+    speed = "this model computes its integers in float and is no faster; " + (
+        "`slimbridge export` writes a smaller file, which is no faster either"
+        if decision.mode == "weight_only"
+        else "`slimbridge export` writes files that compute in int8" + (", in which fewer bits are no faster" * narrow)
     )
     return (line, speed, *skipped_notes(decision.skipped))

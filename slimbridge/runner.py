@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from slimbridge.discovery import backend_of, find_backend
 from slimbridge.errors import RunError
 from slimbridge.onerun import Given, Run, rebuild
@@ -21,8 +19,9 @@ from slimbridge.report.html import write_html
 from slimbridge.report.records import Comparison, RunReport
 from slimbridge.runfolder import RunFolder, stage_names
 from slimbridge.stages import UserLoss
-from slimbridge.tasks import Data, Split, to_numpy
+from slimbridge.tasks import Data
 from slimbridge.tasks.metrics import Metric
+from slimbridge.tasks.own import as_data
 from slimbridge.train import Progress, Quiet
 
 
@@ -111,8 +110,12 @@ def compress(
     for word, function in (("loss", loss), ("metric", metric)):
         if function is not None and not callable(function):
             raise RunError(f"{word} must be a function, found {type(function).__name__}")
+    if progress is not None and not all(hasattr(progress, word) for word in ("start", "step", "say")):
+        raise RunError(
+            f"progress must have start, step and say, found {type(progress).__name__}: enter a context manager first"
+        )
     side = find_backend(model, backend or plan.backend)
-    given = Given(model, _as_data(data), loss, metric)
+    given = Given(model, as_data(data), loss, metric)
     keep = None if run_dir is not None else tempfile.TemporaryDirectory(prefix="slimbridge-")
     path = Path(run_dir) if run_dir is not None else Path(str(keep and keep.name))
     run = Run.begin(side, plan, given, path, resume, progress or Quiet())
@@ -158,31 +161,7 @@ def compare_runs(
     from slimbridge.multirun import compare_folders
 
     folder = Path(output) if output is not None else None
-    return compare_folders([Path(reference), Path(other)], folder, model, _as_data(data))
-
-
-def _as_data(data: Data | tuple[Any, Any] | None) -> Data | None:
-    if data is None or isinstance(data, Data):
-        return data
-    if not isinstance(data, tuple) or len(data) != 2:
-        raise RunError(f"data must be slimbridge.Data or a pair (train, test), found {type(data).__name__}")
-    if all(hasattr(part, "shape") for part in data):
-        raise RunError("data is a pair (train, test), and each of them a pair: ((x, y), (x_test, y_test))")
-    train, test = (_as_split(part) for part in data)
-    return Data(train, test, name="own data")
-
-
-def _plain(array: Any) -> Any:
-    """Integers as int64, real numbers as float32."""
-    return array.astype(np.int64 if array.dtype.kind in "iub" else np.float32)
-
-
-def _as_split(part: Any) -> Any:
-    """A pair of arrays or tensors is a split; anything else is an iterable of batches."""
-    if isinstance(part, tuple) and len(part) == 2 and all(hasattr(array, "shape") for array in part):
-        inputs, targets = (to_numpy(array) for array in part)
-        return Split(_plain(inputs), _plain(targets))
-    return part
+    return compare_folders([Path(reference), Path(other)], folder, model, as_data(data))
 
 
 __all__ = ["Result", "compare_runs", "compress", "restore"]

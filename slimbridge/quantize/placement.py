@@ -94,8 +94,8 @@ class _Placing:
             if not found[tensor] and not self._inside(tensor):
                 maker = self.makers[tensor]
                 lost[f"{maker.name or 'the model'}: {maker.attrs.get('op', maker.kind)}"] = (
-                    "no module gives or takes this tensor, it lies between two functions of one forward; "
-                    "as modules they would be reached"
+                    "no module gives this tensor, and functions of the same forward read it; made by a module, as "
+                    "nn.ReLU in place of a function relu, it would be reached"
                 )
         reads = self._reads(found, sites)
         return Placement(tuple(sites), reads, tuple(Skipped(layer=k, reason=v) for k, v in lost.items()))
@@ -159,14 +159,23 @@ class _Placing:
         return node.kind == "pool" and node.attrs.get("op") == "max"
 
     def _sites(self, tensor: int) -> tuple[Site, ...]:
-        """Where it can be reached: as the output of one call, else as the input of each call that takes it."""
+        """Where it can be reached: as the output of one call, else as the input of the calls that take it.
+
+        These are the layers that read it, or the outermost modules that do, where functions inside read it too.
+        """
         if tensor in self.constants:
             return ()
         if tensor in self.given:
             return (self._site(*self.given[tensor], "output"),)
-        if self.makers[tensor].kind != "input" and len(self.readers.get(tensor, [])) > len(self.taken.get(tensor, [])):
-            return ()  # a function reads it too, and would see it without the grid
-        return tuple(self._site(*taker, "input") for taker in self.taken.get(tensor, ()))
+        takers = self.taken.get(tensor, [])
+        leaves = [taker for taker in takers if taker[0] in self.leaves]
+        outer = [
+            taker for taker in takers if not any(_within(taker[0], other[0]) for other in takers if other != taker)
+        ]
+        for calls in (leaves, outer):
+            if all(any(_within(node.name, path) for path, *_ in calls) for node in self.readers.get(tensor, ())):
+                return tuple(self._site(*call, "input") for call in calls)
+        return ()  # a function reads it too, and would see it without the grid
 
     def _inside(self, tensor: int) -> bool:
         """Does it stay within one module that holds no other?"""
@@ -207,15 +216,18 @@ def _without_copies(graph: Graph) -> Graph:
     )
 
 
+def _within(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
+
+
 Address = tuple[str, int, int]
 
 
 def _addresses(calls: tuple[Call, ...]) -> tuple[dict[int, Address], dict[int, list[Address]], dict[str, int]]:
-    """Tensor -> the first call that returned it; tensor -> the leaf calls that took it; path -> number of calls."""
+    """Tensor -> the first call that returned it; tensor -> the calls that took it; path -> number of calls."""
     given: dict[int, Address] = {}
     taken: dict[int, list[Address]] = {}
     counts: dict[str, int] = {}
-    parents = {call.path.rpartition(".")[0] for call in calls}
     for call in calls:
         number = counts.get(call.path, 0)
         counts[call.path] = number + 1
@@ -223,6 +235,6 @@ def _addresses(calls: tuple[Call, ...]) -> tuple[dict[int, Address], dict[int, l
             if tensor not in call.inputs:
                 given.setdefault(tensor, (call.path, number, position))
         for position, tensor in enumerate(call.inputs):
-            if call.path not in parents and tensor not in call.outputs:
+            if tensor not in call.outputs:
                 taken.setdefault(tensor, []).append((call.path, number, position))
     return given, taken, counts

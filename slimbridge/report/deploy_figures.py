@@ -113,7 +113,9 @@ def deployed_latency(found: Deployment) -> tuple[str, str] | None:
 
 def _warnings(found: Deployment) -> tuple[Warned, ...]:
     pairs = [(row, found.reference(row)) for row in found.slower()]
-    return tuple(_warned(row, base) for row, base in pairs if base is not None)
+    slow = tuple(_warned(row, base) for row, base in pairs if base is not None)
+    lost = (line for line in found.failed if "of the compressed model" in line and "not timed" in line)
+    return (*(Warned(plain(line), True) for line in lost), *slow)
 
 
 def _certain(row: Timed, base: Timed | None) -> bool:
@@ -124,7 +126,7 @@ def _warned(row: Timed, base: Timed) -> Warned:
     certain = _certain(row, base)
     word = "SLOWER than" if certain else "no faster than"
     if base.runtime == row.runtime:
-        claim = f"{form_name(row)} is {word} float in {plain(row.runtime)}"
+        claim = f"{form_name(row)} is {word} the uncompressed float model in {plain(row.runtime)}"
     else:
         claim = f"{form_name(row)} in {plain(row.runtime)} is {word} {plain(base.runtime)} float32"
     values = f"{milliseconds(row.median_ms)} ms against {milliseconds(base.median_ms)}"
@@ -138,7 +140,7 @@ def _headline(found: Deployment) -> str:
     eager, base = found.eager(), found.float_base(best)
     parts = [
         _speed(found.against_eager(best), f"{plain(eager.runtime)} float32" if eager else ""),
-        _speed(found.against_float(best), "the float model in the same runtime"),
+        _speed(found.against_float(best), "the uncompressed float model in the same runtime"),
     ]
     if base is not None and base.size_bytes and best.size_bytes:
         smaller = factor(base.size_bytes, best.size_bytes, "smaller", "larger")

@@ -84,6 +84,12 @@ class Deployment(Record):
     timed: tuple[Timed, ...]
     failed: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """The table that a terminal shows."""
+        from slimbridge.report.deploy_table import render_deployment
+
+        return render_deployment(self)
+
     def eager(self) -> Timed | None:
         """The baseline in the framework itself, in float."""
         return next((row for row in self.timed if row.form == "eager" and row.of == "baseline"), None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from io import StringIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -34,6 +36,13 @@ def print_deployment(console: Console, deployment: Deployment, label: str) -> No
         console.print(Padding(Text(f"not available: {line}", style="yellow"), (0, 0, 0, 1)))
     for line in (*_layer_lines(shown, console.width), *shown.notes, *shown.how):
         console.print(Padding(Text(line, style="dim"), (0, 0, 0, 1)))
+
+
+def render_deployment(deployment: Deployment) -> str:
+    """The same as text, as wide as the terminal."""
+    console = Console(file=StringIO(), width=shutil.get_terminal_size().columns, no_color=True)
+    print_deployment(console, deployment, "this run")
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"  # type: ignore[attr-defined]
 
 
 def _table(rows: Sequence[DeployRow], width: int) -> Table:

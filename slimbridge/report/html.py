@@ -128,7 +128,7 @@ def _key_figures(run: RunReport) -> tuple[KeyFigure, ...]:
     return (
         KeyFigure(plain(run.metric_name), change, values),
         KeyFigure(
-            "file size",
+            "weight file",
             factor(base.size_bytes, last.size_bytes, "smaller", "larger"),
             arrow(size(base.size_bytes), size(last.size_bytes)),
         ),

@@ -152,7 +152,7 @@ def test_tensors_between_functions_are_told_and_the_layers_keep_their_inputs() -
     placement = placed(made)
     assert [str(site) for site in placement.sites] == ["a", "b", "a:output", "b:output", "c"]
     assert [item.layer for item in placement.skipped] == ["the model: add", "the model: sigmoid"]
-    assert "lies between two functions" in placement.skipped[0].reason
+    assert "functions of the same forward read it" in placement.skipped[0].reason
 
 
 def test_a_layer_has_its_input_on_a_grid_though_others_read_it_too() -> None:
@@ -206,3 +206,15 @@ def test_the_zoo_is_placed_alike_on_both_frameworks(name: str, torch_backend: Ba
     assert found[0] == found[1]
     assert not found[0][2]
     assert len(found[0][0]) > len(found[0][3]), "sums and pools too"
+
+
+def test_a_module_that_holds_all_readers_takes_the_tensor_for_them() -> None:
+    """What a function makes is read, within one block, by a convolution and by a sum: the block is given it."""
+    made = Made(1, 3, 6, 6)
+    start = made.function("elementwise", [made.conv(made.x, "stem")], op="relu")
+    total = made.binary(made.conv(start, "block.conv"), start, name="block")
+    made.call("block", [start], [total])
+    placement = placed(made)
+    assert Site("block") in placement.sites
+    assert placement.reads["block.conv"] == (Site("block"),)
+    assert placement.skipped == ()

@@ -173,13 +173,13 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Passes of each form, in turns.", min=1, max=100_000)] = 50,
     as_json: Json = False,
 ) -> None:
-    """Measure every exported form in every runtime that is installed, and show it in the run's report."""
+    """Time every exported form in every installed runtime; the run's report shows it. Exit code 1 when none ran."""
     import os
 
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)  # read when a framework is imported
     from slimbridge import console
 
-    console.bench_run(run, threads, rounds, as_json)
+    raise typer.Exit(0 if console.bench_run(run, threads, rounds, as_json) else 1)
 
 
 @app.command()

@@ -265,8 +265,8 @@ def export_run(folder: Path, forms: list[str], as_json: bool) -> None:
             console.print(f"  {note}", highlight=False, markup=False, soft_wrap=True)
 
 
-def bench_run(folder: Path, threads: int, rounds: int, as_json: bool) -> None:
-    """Measure a run's exports and print the table."""
+def bench_run(folder: Path, threads: int, rounds: int, as_json: bool) -> bool:
+    """Measure a run's exports and print the table; True when a form of the compressed model was timed."""
     from slimbridge.deployment import bench
     from slimbridge.report.deploy_table import print_deployment
 
@@ -274,9 +274,10 @@ def bench_run(folder: Path, threads: int, rounds: int, as_json: bool) -> None:
         found = bench(folder, threads=threads, rounds=rounds, progress=shown)
     if as_json:
         _emit(found.model_dump(mode="json"))
-        return
-    print_deployment(Console(), found, folder.name)
-    _where(folder)
+    else:
+        print_deployment(Console(), found, folder.name)
+        _where(folder)
+    return found.best() is not None
 
 
 def replay_run(reference: Path, backend: str, output: Path) -> None:

@@ -51,8 +51,9 @@ def bench(
     Raises:
         SlimbridgeError: it is no complete run, or nothing of it can be timed.
     """
-    if threads < 1 or rounds < 1:
-        raise RunError(f"threads and rounds must be 1 or more, found {threads} and {rounds}")
+    for word, number in (("threads", threads), ("rounds", rounds)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise RunError(f"{word} must be a whole number of 1 or more, found {number!r}")
     job = _Bench(Exporter(Path(run_dir), model, data), threads, rounds, progress or Quiet())
     found = job.run()
     folder = job.exporter.folder

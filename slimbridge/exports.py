@@ -253,6 +253,8 @@ def export(
             was exported before it stays.
     """
     exporter = Exporter(Path(run_dir), model, data)
+    if any(not isinstance(form, str) for form in forms):
+        raise RunError(f"forms are words such as '{ONNX}', found {listed(map(str, forms))}")
     shown = progress or Quiet()
     forms = (forms,) if isinstance(forms, str) else forms
     wanted = tuple(forms) or exporter.forms()

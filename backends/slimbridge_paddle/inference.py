@@ -61,6 +61,9 @@ def _cause(error: Exception) -> str:
     return (telling or lines[-1:] or [type(error).__name__])[0]
 
 
+_flat = paddle.jit.not_to_static(tensors_in)  # its source is not to be translated with the model's
+
+
 class _Caller(paddle.nn.Layer):
     """Calls the model, whatever its forward calls its arguments."""
 
@@ -70,7 +73,17 @@ class _Caller(paddle.nn.Layer):
         self.eval()
 
     def forward(self, inputs: Sequence[Any]) -> Any:  # one list: Paddle refuses *inputs
-        return tensors_in(self.model(*inputs))  # Paddle would sort a dict's
+        return _flat(self.model(*inputs))  # Paddle would sort a dict's
+
+
+def _complete_norms(model: Any) -> None:
+    """Give BatchNorms without scale and shift those that change nothing: oneDNN's kernel crashes without them."""
+    for layer in model.sublayers(include_self=True):
+        if isinstance(layer, paddle.nn.layer.norm._BatchNormBase):
+            for name, value in (("weight", 1.0), ("bias", 0.0)):
+                if getattr(layer, name) is None:
+                    start = paddle.nn.initializer.Constant(value)
+                    setattr(layer, name, layer.create_parameter([layer._num_features], default_initializer=start))
 
 
 def save(model: Any, target: Path, inputs: list[Any], old: bool = False) -> None:
@@ -85,11 +98,12 @@ def save(model: Any, target: Path, inputs: list[Any], old: bool = False) -> None
     Raises:
         ModelError: Paddle cannot make a program of the model.
     """
+    _complete_norms(model)
     caller = _Caller(model)  # before the guard, which leaves the dynamic mode
     try:
         with quiet_descriptors(), paddle.pir_utils.OldIrGuard() if old else nullcontext():
             paddle.jit.save(caller, str(target), input_spec=[inputs])
-    except (*FAILURES, NameError) as error:
+    except (*FAILURES, NameError, SyntaxError) as error:
         raise ModelError(f"export: Paddle cannot save this {type(model).__name__}: {_cause(error)}") from error
     finally:
         paddle.disable_static()

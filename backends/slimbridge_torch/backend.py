@@ -87,6 +87,7 @@ class TorchBackend:
         if dtype not in _DTYPES:
             raise BackendError(f"torch: dtype '{dtype}' is unknown; allowed: {', '.join(_DTYPES)}")
         names.check_ready(model, "place")
+        names.check_full_precision(model)
         return model.to(device=_DEVICES[device], dtype=_DTYPES[dtype])
 
     def layers(self, model: nn.Module) -> tuple[Layer, ...]:

@@ -138,6 +138,13 @@ def check_ready(model: nn.Module, purpose: str) -> None:
                 raise ModelError(f"{purpose}: '{name}' is on the meta device and has no data; load the weights first")
 
 
+def check_full_precision(model: nn.Module) -> None:
+    """ModelError for a bfloat16 tensor, which NumPy has no type for; float16 is refused where arrays are looked at."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.dtype == torch.bfloat16:
+            raise ModelError(f"the model's weights are bfloat16 ('{name}'); float32 and float64 are supported")
+
+
 def copied(model: nn.Module) -> nn.Module:
     """An independent copy of a model.
 

@@ -156,7 +156,9 @@ class _Writer:
             last = cell is not None and item.op_type == "Gemm" and id(item) in self.ends
             reason = write_bias(self.net, item, weight, cell) if cell is not None and last else None
             if reason is not None:
-                self.notes.append(f"{name}: {reason}; it stays in float, and with it the layer in most runtimes")
+                self.notes.append(
+                    f"{name}: {reason}; its bias stays in float, and most runtimes then compute the layer so"
+                )
 
     def _dynamic(self, name: str, item: Node, weight: Stored) -> bool:
         """Give a layer a step found at run time; False when the decision has none for it, or it cannot be."""

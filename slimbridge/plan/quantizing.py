@@ -121,6 +121,10 @@ def _misfits(stage: QuantizeStage) -> tuple[tuple[bool, str], ...]:
             grouped and stage.qat is not None and stage.qat.weight_ranges != "absmax",
             "weight_granularity group is trained with weight_ranges absmax only",
         ),
+        (
+            stage.qat is not None and stage.qat.batch_norm == "fold" and not stage.fold_batch_norm,
+            "qat with batch_norm fold and fold_batch_norm false contradict each other",
+        ),
         (stage.qat is not None and stage.mode != "static", f"qat is for mode static, found {stage.mode}"),
         (
             stage.definition in _SYMMETRIC and "asymmetric" in (stage.weight_scheme, stage.activation_scheme),

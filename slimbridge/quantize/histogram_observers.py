@@ -244,6 +244,7 @@ def _divergence(counts: Array, size: int, levels: int) -> float:
     if not filled.any():
         return 0.0
     starts = np.unique(-(-np.arange(levels) * size // levels))
+    starts = starts[starts < size]  # fewer bins than levels, of a tensor near the smallest floats
     height = np.add.reduceat(counts[:size], starts) / np.maximum(np.add.reduceat(filled.astype(np.float64), starts), 1)
     spread = np.repeat(height, np.diff(starts, append=size))[filled]
     share = clipped[filled] / clipped.sum()

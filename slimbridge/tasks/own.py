@@ -32,8 +32,12 @@ def _plain(array: Any) -> Any:
 
 
 def _as_split(part: Any) -> Any:
-    """A pair of arrays or tensors is a split; anything else is an iterable of batches."""
-    if isinstance(part, tuple) and len(part) == 2 and all(hasattr(array, "shape") for array in part):
-        inputs, targets = (to_numpy(array) for array in part)
-        return Split(_plain(inputs), _plain(targets))
-    return part
+    """A pair of arrays or tensors, several inputs in a tuple, is a split; anything else is an iterable of batches."""
+    if not isinstance(part, tuple) or len(part) != 2 or not hasattr(part[1], "shape"):
+        return part
+    several = isinstance(part[0], tuple)
+    inputs = part[0] if several else (part[0],)
+    if not inputs or not all(hasattr(array, "shape") for array in inputs):
+        return part
+    arrays = tuple(_plain(to_numpy(array)) for array in inputs)
+    return Split(arrays if several else arrays[0], _plain(to_numpy(part[1])))

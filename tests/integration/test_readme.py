@@ -28,6 +28,13 @@ def test_script_works_as_pasted(backend: str, tmp_path: Path) -> None:
     assert (tmp_path / "runs/digits/report.html").exists()
 
 
+def test_own_model_as_pasted(tmp_path: Path) -> None:
+    text = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/mine/exports/onnx/model.onnx").exists()
+
+
 def test_table_is_the_generated_one() -> None:
     text = README.read_text(encoding="utf-8")
     assert updated(text) == text, "run `make readme`"

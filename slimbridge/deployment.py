@@ -55,6 +55,7 @@ def bench(
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise RunError(f"{word} must be a whole number of 1 or more, found {number!r}")
     job = _Bench(Exporter(Path(run_dir), model, data), threads, rounds, progress or Quiet())
+    job.exporter.model_of("compressed")  # a model that is missing or another's is no form's fault
     found = job.run()
     folder = job.exporter.folder
     folder.write_deployment(found)

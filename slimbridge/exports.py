@@ -260,6 +260,7 @@ def export(
     wanted = tuple(forms) or exporter.forms()
     if not wanted:
         raise BackendError("nothing can be exported here; pip install 'slimbridge[deploy]'")
+    exporter.model_of("compressed")  # a model that is missing or another's is no form's fault
     done: list[Exported] = []
     failed: list[SlimbridgeError] = []
     for form in wanted:

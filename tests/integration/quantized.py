@@ -45,7 +45,8 @@ def learned(part: str, path: Path) -> Path:
 
 def plan_of(baseline: Path, **stage: Any) -> dict[str, Any]:
     """A plan that starts from these weights and quantizes."""
-    return {"baseline": {"weights": str(baseline)}, "stages": [{"kind": "quantize", **LITTLE, **stage}]}
+    little = LITTLE if stage.get("mode", "static") == "static" else {}
+    return {"baseline": {"weights": str(baseline)}, "stages": [{"kind": "quantize", **little, **stage}]}
 
 
 def quantized(side: str, part: str, plan: dict[str, Any], path: Path) -> tuple[RunFolder, QuantizeDecision, Any]:

@@ -303,5 +303,32 @@ def test_commands_that_fail_and_json_alone(
 
 
 def test_bench_refuses_what_makes_no_sense(own_run: Path) -> None:
-    with pytest.raises(RunError, match=r"threads and rounds must be 1 or more, found 1 and 0"):
-        sb.bench(own_run, rounds=0)
+    for wrong in (0, 1.5, "2", True):
+        with pytest.raises(RunError, match=r"rounds must be a whole number of 1 or more, found"):
+            sb.bench(own_run, rounds=wrong)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match=r"forms are words such as 'onnx', found 3"):
+        sb.export(own_run, [3])  # type: ignore[list-item]
+
+
+def test_data_may_be_a_pair_as_for_compress(backend: Backend, baselines: dict[str, Path], tmp_path: Path) -> None:
+    quantized(backend.name, "residual", plan_of(baselines["residual"]), tmp_path / "run")
+    pair = tuple((part.inputs, part.targets) for part in (DATA.train, DATA.test))
+    (record,) = export(tmp_path / "run", "onnx", model=net(backend, PARTS["residual"]), data=pair)  # type: ignore[arg-type]
+    assert record.samples == SAMPLES
+
+
+def test_a_batch_norm_without_parameters_runs_in_paddle_inference(tmp_path: Path) -> None:
+    import paddle
+
+    def made() -> Any:
+        norm = paddle.nn.BatchNorm2D(4, weight_attr=False, bias_attr=False)
+        return paddle.nn.Sequential(
+            paddle.nn.Conv2D(3, 4, 3), norm, paddle.nn.ReLU(), paddle.nn.Flatten(), paddle.nn.Linear(144, 2)
+        )
+
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((24, 3, 8, 8)).astype(np.float32), rng.integers(0, 2, 24)
+    data = ((x, y), (x, y))
+    sb.compress(made(), {"stages": [{"kind": "quantize"}]}, data=data, run_dir=tmp_path / "run")
+    (record,) = sb.export(tmp_path / "run", "paddle_int8", model=made(), data=data)
+    assert record.difference <= tolerance("export_runtime").value

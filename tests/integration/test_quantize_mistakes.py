@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import slimbridge as sb
-from slimbridge.errors import PlanError
+from slimbridge.errors import PlanError, SlimbridgeError
 from slimbridge.plan import PruneStage, QuantizeStage
 from slimbridge.ports import Backend
 from slimbridge.tasks import Data, Split
@@ -169,3 +169,14 @@ def test_a_transposed_convolution_is_told_in_the_notes(backend: Backend, tmp_pat
 def test_stages_are_what_their_kind_says() -> None:
     plan = sb.load_plan({"stages": [{"kind": "prune", "pruning_ratio": 0.5}, {"kind": "quantize"}]})
     assert [type(stage) for stage in plan.stages] == [PruneStage, QuantizeStage]
+
+
+def test_half_precision_is_refused_before_the_run(tmp_path: Path) -> None:
+    import torch
+
+    for dtype in (torch.bfloat16, torch.float16):
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)).to(dtype)
+        x, y = np.zeros((8, 3, 2, 2), np.float32), np.zeros(8, np.int64)
+        with pytest.raises(SlimbridgeError, match="float32 and float64 are supported"):
+            sb.compress(model, {"stages": [{"kind": "quantize"}]}, data=((x, y), (x, y)), run_dir=tmp_path / "run")
+        assert not (tmp_path / "run" / "run.json").exists()

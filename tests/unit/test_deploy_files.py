@@ -171,7 +171,12 @@ def test_a_site_is_the_tensor_its_layer_reads() -> None:
     assert np.array_equal(values["c"], values["r"])
     sites = {"fc": values["f"], "conv:output": values["c"], "relu:output": values["r"], "conv": values["a"]}
     found = match(model, {"fc.weight": square.T, "conv.weight": np.abs(w)}, sites, [x])
-    assert found.sites == {"fc": "f", "conv:output": "r", "relu:output": "r", "conv": "a"}
+    assert found.sites == {
+        "fc": "f",
+        "conv:output": "r",
+        "relu:output": "f",
+        "conv": "a",
+    }  # all equal: no two outputs are one tensor
     assert (found.weights["fc.weight"].initialiser, found.weights["fc.weight"].transposed) == ("m", True)
     assert not match(model, {"fc.weight": square}, {}, [x]).weights
 

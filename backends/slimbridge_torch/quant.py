@@ -195,7 +195,7 @@ def _added(
         if site.side == "weight" and module._parameters.get("weight") is None:
             raise ModelError(f"quantize '{site}': the layer has no weight of its own")
         for name, value in (*quant.parameters.items(), *quant.buffers.items()):
-            attribute, trained = attribute_of(site, name), name in quant.parameters
+            attribute, trained = site.held(name), name in quant.parameters
             taken = hasattr(module, attribute) and attribute not in inserted_names(module)
             if taken or (id(module), attribute) in found:
                 raise ModelError(f"quantize '{site}': its layer has a '{attribute}' already")
@@ -204,24 +204,18 @@ def _added(
     return list(found.values())
 
 
-def attribute_of(site: Site, name: str) -> str:
-    """What a site's layer calls that part of a fake quantization: "quant_input1_0_step"."""
-    call = "" if site.call is None else f"_{site.call}"
-    return f"quant_{site.side}{site.argument or ''}{call}_{name}"
-
-
 def _places(
     model: nn.Module, modules: Mapping[str, nn.Module], site: Site, quants: Mapping[Site, FakeQuant]
 ) -> dict[str, tuple[nn.Module, str]]:
     """Name in a fake quantization's state -> module and attribute."""
     quant = quants[site]
-    places = {name: (modules[site.path], attribute_of(site, name)) for name in (*quant.parameters, *quant.buffers)}
+    places = {name: (modules[site.path], site.held(name)) for name in (*quant.parameters, *quant.buffers)}
     if not quant.reads:
         return places
     known = {path: module for path, module in model.named_modules(remove_duplicate=False)}
     old = {f"{path}.{name}".lstrip(".") for path, module in known.items() for name in inserted_names(module)}
     new = {
-        f"{other.path}.{attribute_of(other, name)}".lstrip(".")
+        f"{other.path}.{other.held(name)}".lstrip(".")
         for other, its in quants.items()
         for name in (*its.parameters, *its.buffers)
     }

@@ -24,7 +24,6 @@ from slimbridge.parity.tolerances import tolerance
 from slimbridge.ports import OptimizerSettings, Pass
 from slimbridge_torch import create
 from slimbridge_torch.fake_quant import _CHUNK
-from slimbridge_torch.quant import attribute_of
 from slimbridge_torch.reduce import coarser, exponent_of
 
 BACKEND = create()
@@ -225,8 +224,8 @@ def test_refusals_name_the_site() -> None:
 
 def test_names_of_sites_do_not_meet() -> None:
     sites = [Site("a", side, n, call) for side in ("input", "output") for n in (0, 1) for call in (None, 0, 1)]
-    assert len({attribute_of(site, "step") for site in sites}) == len(sites)
-    assert attribute_of(Site("a", "input", 1, 0), "step") == "quant_input1_0_step"
+    assert len({site.held("step") for site in sites}) == len(sites)
+    assert Site("a", "input", 1, 0).held("step") == "quant_input1_0_step"
 
 
 def test_held_statistics_leave_the_flags_of_modules_alone() -> None:

@@ -59,6 +59,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (qat(batch_norm="folded"), "stages[0].qat.batch_norm: found 'folded'"),
     (qat(freeze_ranges_after=2), "stages[0].qat.freeze_ranges_after: found 2"),
     (qat(activation_range="lsq"), "activation_ranges"),
+    ({**qat(batch_norm="fold"), "fold_batch_norm": False}, "contradict each other"),
+    ({"mode": "weight_only", "activation_bits": 4}, "mode weight_only does not look at activation_bits: leave it out"),
+    ({"mode": "dynamic", "observer": "mse"}, "mode dynamic does not look at observer: leave it out"),
 ]
 
 

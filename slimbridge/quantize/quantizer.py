@@ -120,11 +120,15 @@ class Quantizer:
 
     def weight_grids(self, weights: Mapping[str, Array]) -> dict[str, QuantParams]:
         """The grids of the targets' weights, folded first; errors as `decide`."""
-        folded = {**weights, **fold_weights(weights, self.folds)}
-        for target in self.targets:
-            require_finite(target, weights[target.weight])
-            require_finite(target, folded[target.weight], FOLDED)
-        return {target.weight: self.weight_grid(target, folded[target.weight]) for target in self.targets}
+        folds = {fold.weight: (fold,) for fold in self.folds}
+        grids = {}
+        for target in self.targets:  # one at a time: folding them all would hold a second copy of the model
+            weight = weights[target.weight]
+            require_finite(target, weight)
+            weight = fold_weights(weights, folds.get(target.weight, ())).get(target.weight, weight)
+            require_finite(target, weight, FOLDED)
+            grids[target.weight] = self.weight_grid(target, weight)
+        return grids
 
     def activation_grids(self, observers: Mapping[Site, Observer]) -> dict[Site, QuantParams]:
         """The grid of each site that was observed."""

@@ -40,7 +40,7 @@ _CASES = (
     ),
     Case(
         "int8_resnet18",
-        f"One pass of one image through ResNet-18 at 224 px, random weights, another untimed pass just before; integer "
+        f"One pass of one image through ResNet-18 at 224 px, random weights, three untimed passes just before; integer "
         f"files are calibrated on the same {int8_series.IMAGES} images of noise. {_DIFFERENCE} What onnxruntime "
         "computes in integers is counted in its rows.",
         {"torch": int8_series.resnet18_torch, "paddle": int8_series.resnet18_paddle},

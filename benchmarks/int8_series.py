@@ -78,8 +78,7 @@ class Files:
 
 
 WARM = 3
-"""Untimed passes before a timed one: behind a large float model the first two small integer ones are up to a third
-slower, from the third on times are steady."""
+"""Untimed passes before a timed one, so that what the competitor before it left in caches counts less."""
 
 
 def _passes(

@@ -36,7 +36,7 @@ def bench(
     data: Data | tuple[Any, Any] | None = None,
     progress: Progress | None = None,
 ) -> Deployment:
-    """Export what is not exported yet, check every form in every runtime, time them in turns, and show it all.
+    """Export every form anew, check it in every runtime, time them in turns, and show it all.
 
     The figures go into bench.json, report.json and report.html of the run's folder.
 

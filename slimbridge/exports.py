@@ -158,16 +158,20 @@ class Exporter:
             )
         if decision is None and not form.endswith(FLOAT):
             raise RunError(f"'{form}' holds integers, and the run's last stage does not quantize; allowed: onnx")
-        plain = self.backend.insert_quant(self.backend.clone(self.model_of(which)), {})
+        plain = self._without_quant(which)
         self.backend.export(plain, self.samples[0], folder, form, decision)
         return ()
 
     def _write_onnx(self, decision: QuantizeDecision | None, which: Which, folder: Path) -> tuple[str, ...]:
-        plain = self.backend.insert_quant(self.backend.clone(self.model_of(which)), {})
+        plain = self._without_quant(which)
         self.backend.export(plain, self.samples[0], folder, ONNX_FLOAT, None)
         sites = self._site_values(plain, decision) if decision is not None else {}
         weights = self.backend.read(plain)
         return write_onnx(folder / "model.onnx", decision, weights, sites, self.samples[0])
+
+    def _without_quant(self, which: Which) -> Model:
+        """A copy of a model that computes in float, its weights on their grids."""
+        return self.backend.insert_quant(self.backend.clone(self.model_of(which)), {})
 
     def _site_values(self, model: Model, decision: QuantizeDecision) -> dict[str, Array]:
         """The value of each tensor that has a grid, on the first sample, of the model without fake quantization."""

@@ -24,7 +24,7 @@ def quantize_stage(scene: Scene, name: str, stage: QuantizeStage, model: Model) 
     inputs = _told(calibration_inputs(backend, scene.data, scene.plan.seed, stage), scene.progress)
     if stage.engine == "native":
         return _native(scene, stage, model, inputs)
-    quantizer = Quantizer(stage, backend.layers(model), backend.trace(model, scene.example))
+    quantizer = _quantizer(backend, model, stage, scene.example)
     observers = _observers(quantizer, backend, model, inputs)
     if stage.qat is not None:
         return _trained(scene, name, quantizer, model, observers)
@@ -45,7 +45,7 @@ def decide_grids(
     inputs: Iterable[tuple[Array, ...]],
 ) -> QuantizeDecision:
     """Observe the calibration inputs and decide, for a stage without training."""
-    quantizer = Quantizer(stage, backend.layers(model), backend.trace(model, example))
+    quantizer = _quantizer(backend, model, stage, example)
     return quantizer.decide(backend.read(model), _observers(quantizer, backend, model, inputs))
 
 
@@ -64,10 +64,14 @@ def rehearse_quantize(backend: Backend, model: Model, stage: QuantizeStage, exam
                  f"it has: {listed(known) or 'none'}"]
             )  # fmt: skip
         return
-    quantizer = Quantizer(stage, backend.layers(model), backend.trace(model, example))
+    quantizer = _quantizer(backend, model, stage, example)
     quantizer.weight_grids(backend.read(model))
     if stage.mode == "static":
         quantizer.observe(backend, model, [example])
+
+
+def _quantizer(backend: Backend, model: Model, stage: QuantizeStage, example: Sequence[Array]) -> Quantizer:
+    return Quantizer(stage, backend.layers(model), backend.trace(model, example))
 
 
 def _observers(
